@@ -1,0 +1,1 @@
+"""HyperSteer for JAX: a hypernetwork that turns a sentence into a steering vector."""

@@ -1,0 +1,116 @@
+"""`hypersteer <command>`. Each command is one call into a module, imported when it runs, so that help is instant."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from hypersteer_jax.config import RECIPES, ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    Recipe = RunConfig
+else:
+    Recipe = tyro.extras.subcommand_type_from_defaults(
+        {name: config for name, (_, config) in RECIPES.items()},
+        {name: text for name, (text, _) in RECIPES.items()},
+    )
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="quickstart")
+def quickstart(out: Path = Path("runs/quickstart"), steps: int | None = None, seed: int = 0) -> None:
+    """Train a HyperSteer on the embedded world, evaluate it and look at it: five minutes on a laptop.
+
+    Args:
+        out: folder of the run; if it is taken, the next free name is used.
+        steps: training steps; the default is tuned for 2 cores.
+        seed: of initialisation and data.
+    """
+    from hypersteer_jax.quickstart import run_quickstart
+
+    run_quickstart(out, steps, seed)
+
+
+@app.command(name="train")
+def train(config: Annotated[Recipe, tyro.conf.arg(name="")], resume: bool = False) -> None:
+    """Train a hypernetwork from a recipe; every setting can be overridden.
+
+    Args:
+        config: the recipe.
+        resume: continue the run in `out` from its newest checkpoint.
+    """
+    from hypersteer_jax.training.launch import launch
+
+    launch(config, resume)
+
+
+@app.command(name="steer")
+def steer(
+    prompt: str,
+    concept: str,
+    factor: tuple[float, ...] = (0.0, 1.0),
+    run: Path = Path("runs/quickstart"),
+    max_new: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Generate steered texts with a trained run, one per factor, side by side.
+
+    Args:
+        prompt: the instruction to answer.
+        concept: the steering prompt, in plain English.
+        factor: steering factors; 0 is the base LM.
+        run: folder of a training run.
+        max_new: tokens to generate at most.
+        temperature: 0 is greedy.
+        seed: of sampling.
+    """
+    from hypersteer_jax.training.launch import show_steered
+
+    show_steered(run, prompt, concept, factor, max_new, temperature, seed)
+
+
+@app.command(name="check-golden")
+def check_golden(directory: Annotated[Path, tyro.conf.Positional]) -> int:
+    """Compare with a recorded case of the PyTorch release; exits 1 if anything is out of tolerance.
+
+    Args:
+        directory: holds golden.json and golden.safetensors.
+    """
+    from hypersteer_jax.evaluation.golden import print_comparison
+
+    return 0 if print_comparison(directory) else 1
+
+
+def main() -> None:
+    """Entry point: runs a command; what a user can mend is one message without a traceback, exit code 1."""
+    try:
+        code = app.cli(prog="hypersteer", description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,))
+    except ConfigError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        # Imported here, when the command has long imported them: at the top they would make `--help` slow.
+        from hypersteer_jax.data.batch import DataError
+        from hypersteer_jax.evaluation.golden import GoldenError
+        from hypersteer_jax.models.weights import WeightsError
+        from hypersteer_jax.training.checkpoint import CheckpointError
+
+        if isinstance(error, DataError | GoldenError | WeightsError | CheckpointError | FloatingPointError):
+            fail(error)
+        raise
+    sys.exit(code)
+
+
+def fail(error: Exception) -> None:
+    """Prints what is wrong and exits."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Every setting of the project as frozen dataclasses.
+
+A config is data: it is printed at the start of a run, saved beside every checkpoint and read back from there.
+Unknown keys are errors, so a typing mistake can never silently become a default.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+
+class ConfigError(ValueError):
+    """A setting is missing, unknown or out of range; the message names the field, the value and the fix."""
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Shape of a decoder. Model families differ by these values only, never by subclass.
+
+    Letters as everywhere: V vocabulary, L blocks, D width, N query heads, K key/value heads, H head width, F MLP width.
+    """
+
+    family: Literal["gemma2", "llama", "qwen2", "qwen3"]
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # RMSNorm multiplies by (offset + weight); Gemma stores weights around 0
+    sandwich_norms: bool = False  # a norm after attention and after the MLP as well (Gemma-2)
+    qk_norm: bool = False  # RMSNorm over H on queries and keys (Qwen-3)
+    qkv_bias: bool = False  # Qwen-2.5
+    activation: Literal["gelu_tanh", "silu"] = "silu"
+    attention_scale: float | None = None  # queries are multiplied by it; None means head_dim ** -0.5
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    sliding_window: int | None = None  # in tokens, on even blocks only (Gemma-2)
+    rope_theta: float = 10_000.0
+    rope_scaling: tuple[float, float, float, int] | None = None  # Llama-3.1: factor, low, high, original length
+    scale_embedding: bool = False  # multiply embeddings by sqrt(D), rounded to the compute dtype (Gemma)
+    tied: bool = True  # the head is the embedding table
+
+    @property
+    def query_scale(self) -> float:
+        """Factor on the queries before the dot product."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+
+@dataclass(frozen=True)
+class HypernetConfig:
+    """The hypernetwork (design: base LM's shape, its first N blocks, plus a cross-attention sub-block)."""
+
+    variant: Literal["no_context", "in_context", "cross_attention"] = "cross_attention"
+    blocks: int = 22  # N; paper: 22 for Gemma-2-2B, 34 for 9B; AxBench release: 4
+    init: Literal["base_lm", "random"] = "base_lm"  # where self-attention, MLP, norms and embedding start
+    cross_init: Literal["normal", "zero"] = "normal"  # "zero": cross branch starts as the identity
+    embedding: Literal["own", "shared"] = "own"  # "shared": the base LM's table, frozen
+    head: Literal["linear", "mlp"] = "linear"
+    final_norm: bool = False  # RMSNorm before the head; the release defines the norm and never applies it
+    memory_norm: bool = False  # RMSNorm on the context; the release reads it raw
+    positions: Literal["true", "padded"] = "true"  # "padded": index in the padded row, as in the release
+
+
+@dataclass(frozen=True)
+class SteeringConfig:
+    """Where the vector is read, written and added."""
+
+    layers: tuple[int, ...] = (20,)  # blocks whose output is written; the context is read at the first of them
+    context: Literal["entering", "leaving"] = "entering"  # the residual before or after the first of these blocks
+    train_positions: Literal["after_prefix", "after_bos", "all", "prompt", "response"] = "after_prefix"
+    inference_positions: Literal["all", "after_prefix"] = "all"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on and how rows become batches."""
+
+    source: str = "tinyworld"  # "tinyworld", or a .parquet (AxBench train_data) or .jsonl file
+    held_out_concepts: int = 10  # concepts of a file kept out of training (the tiny world has its own splits)
+    max_concepts: int | None = None  # train on this many steering prompts only (scaling experiments)
+    max_prompt: int = 512  # tokens, chat template included
+    max_response: int = 128  # tokens; longer responses are cut, as AxBench cuts generation
+    max_concept: int = 64  # tokens of the steering prompt
+    buckets: int = 4  # compiled shapes at most
+    append_end: bool = False  # score the end-of-turn token after the response (the release does not)
+    skip_bad_rows: bool = False  # drop malformed rows, counted and listed, instead of stopping
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation. Defaults: AxBench release at dc57b9b, with float32 state (facts, table 7)."""
+
+    steps: int = 1000
+    batch: int = 12
+    learning_rate: float = 8e-5  # 2B; 5e-6 for 9B
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # to zero over `steps`
+    warmup: int = 0  # steps
+    clip: float = 1.0  # global gradient norm
+    weight_decay: float = 0.0
+    loss: Literal["token", "example"] = "token"  # mean over all response tokens, or over examples first
+    factor_range: tuple[float, float] | None = None  # sample the training factor from it; None trains at 1
+    seed: int = 0
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    eval_every: int = 100  # steps; 0 switches evaluation off
+    eval_batches: int = 4
+    save_every: int = 200  # steps; 0 saves at the end only
+    remat: bool = False  # recompute block activations in the backward pass
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    lm: str = "tinyworld"  # "tinyworld", a directory with weights, or a Hugging Face hub id
+    out: Path = Path("runs/default")
+    hypernet: HypernetConfig = field(default_factory=HypernetConfig)
+    steering: SteeringConfig = field(default_factory=SteeringConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON-able dictionary of a config (paths become strings, tuples lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+    """Builds a config from a dictionary such as `to_dict` gives.
+
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value of the wrong kind; names the field and the choices.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping of {cls.__name__} fields, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; {cls.__name__} has {', '.join(hints)}")
+    try:
+        return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `hint`; JSON has no tuples and no paths."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        return _convert(next(choice for choice in choices if choice is not type(None)), value, where)
+    if origin is Literal:
+        if value not in choices:
+            raise ConfigError(f"{where} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} is {value!r}; give a list")
+        kinds = [choices[0]] * len(value) if choices[-1] is Ellipsis else choices
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where} is {value!r}; give exactly {len(kinds)} values")
+        return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, where)
+    if hint is Path:
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where} is {value!r}; give a value of type {hint.__name__}")
+    return value
+
+
+def check(config: RunConfig, lm: LMConfig) -> None:
+    """Everything that can be known to be wrong before any work starts.
+
+    Raises:
+        ConfigError: naming the field, its value and the fix.
+    """
+    hypernet, steering, data, train = config.hypernet, config.steering, config.data, config.train
+    if not steering.layers or list(steering.layers) != sorted(set(steering.layers)):
+        raise ConfigError(f"steering.layers is {steering.layers}; give one or more layers, ascending, each once")
+    if not 0 <= steering.layers[0] <= steering.layers[-1] < lm.layers:
+        raise ConfigError(f"steering.layers is {steering.layers}; the base LM has blocks 0 to {lm.layers - 1}")
+    if hypernet.blocks < 1:
+        raise ConfigError(f"hypernet.blocks is {hypernet.blocks}; give at least 1")
+    if hypernet.init == "base_lm" and hypernet.blocks > lm.layers:
+        raise ConfigError(
+            f"hypernet.blocks is {hypernet.blocks}, but only the base LM's {lm.layers} blocks can be copied; "
+            "lower it or set hypernet.init to random"
+        )
+    positive = {
+        "train.steps": train.steps,
+        "train.batch": train.batch,
+        "train.learning_rate": train.learning_rate,
+        "train.clip": train.clip,
+        "data.buckets": data.buckets,
+        "data.max_prompt": data.max_prompt,
+        "data.max_response": data.max_response,
+        "data.max_concept": data.max_concept,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{name} is {value}; give a value above 0")
+    for name, count in {"train.eval_every": train.eval_every, "train.save_every": train.save_every}.items():
+        if count < 0:
+            raise ConfigError(f"{name} is {count}; give 0 (off) or a number of steps")
+    if not 0 <= train.warmup < train.steps:
+        raise ConfigError(f"train.warmup is {train.warmup}; give 0 to {train.steps - 1} (below train.steps)")
+    if train.factor_range is not None and train.factor_range[0] > train.factor_range[1]:
+        raise ConfigError(f"train.factor_range is {train.factor_range}; give the lower end first")
+
+
+GEMMA2_2B = RunConfig(
+    lm="google/gemma-2-2b-it",
+    out=Path("runs/gemma2-2b"),
+    train=TrainConfig(steps=9_000, save_every=500, eval_every=500),
+)
+
+RECIPES: dict[str, tuple[str, RunConfig]] = {
+    "tinyworld": (
+        "The embedded world: minutes on a laptop.",
+        RunConfig(
+            out=Path("runs/tinyworld"),
+            hypernet=HypernetConfig(blocks=3),
+            steering=SteeringConfig(layers=(2,)),
+            data=DataConfig(append_end=True),
+            train=TrainConfig(steps=600, batch=48, learning_rate=1e-3, compute_dtype="float32"),
+        ),
+    ),
+    "gemma2-2b": ("Gemma-2-2B, layer 20, as in the paper.", GEMMA2_2B),
+    "gemma2-9b": (
+        "Gemma-2-9B, layer 20, as in the paper.",
+        dataclasses.replace(
+            GEMMA2_2B,
+            lm="google/gemma-2-9b-it",
+            out=Path("runs/gemma2-9b"),
+            hypernet=HypernetConfig(blocks=34),
+            train=TrainConfig(steps=27_000, batch=4, learning_rate=5e-6, save_every=500, eval_every=500),
+        ),
+    ),
+    "release": (
+        "Gemma-2-2B with the AxBench release's four blocks (dc57b9b).",
+        dataclasses.replace(GEMMA2_2B, out=Path("runs/release"), hypernet=HypernetConfig(blocks=4)),
+    ),
+}

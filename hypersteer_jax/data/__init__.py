@@ -1,0 +1,1 @@
+"""Data: from steering examples and chat templates to padded batches."""

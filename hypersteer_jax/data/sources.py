@@ -1,0 +1,98 @@
+"""From names in a config to what a run needs: the base LM with its tokenizer, and batches."""
+
+import random
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from hypersteer_jax.config import RunConfig
+from hypersteer_jax.data.batch import DataError, SteeringBatch, SteeringExample
+from hypersteer_jax.data.pipeline import encode, evaluation_batches, iterator, make_buckets, padding_report
+from hypersteer_jax.data.prompts import Prompter, load_tokenizer
+from hypersteer_jax.data.readers import read, split_concepts
+from hypersteer_jax.data.tinyworld.world import training_examples
+from hypersteer_jax.models.lm import LM
+from hypersteer_jax.models.weights import load_lm, resolve
+
+TINYWORLD = "tinyworld"
+TINYWORLD_ROWS = 24_000  # steering examples drawn for training
+TINYWORLD_EVALUATION = 192  # and for each evaluation loss
+
+
+class TrainData(NamedTuple):
+    """Batches to train on, and batches to measure, by name (such as "held-in" and "held-out")."""
+
+    batches: Any  # Grain iterator of SteeringBatch
+    evaluation: dict[str, list[SteeringBatch]]
+
+
+def load_base(name: str, dtype: str) -> tuple[LM, Prompter]:
+    """The base LM and its tokenizer: "tinyworld", a directory, or a Hugging Face hub id.
+
+    Raises:
+        WeightsError, DataError: weights or tokenizer are missing, damaged or do not fit.
+    """
+    if name == TINYWORLD:
+        with resources.as_file(resources.files("hypersteer_jax.data.tinyworld") / "lm") as path:
+            return load_lm(path, jnp.dtype(dtype)), Prompter(load_tokenizer(path))
+    path = resolve(name)
+    return load_lm(path, jnp.dtype(dtype)), Prompter(load_tokenizer(path))
+
+
+def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None]) -> TrainData:
+    """Training and evaluation batches; `say` is told of every row that was dropped, and how much is padding.
+
+    Raises:
+        DataError: the source cannot be read, holds bad rows, or is too small for one batch.
+    """
+    data, train = config.data, config.train
+    if data.source == TINYWORLD:
+        rows = {
+            "train": training_examples(TINYWORLD_ROWS, train.seed, data.max_concepts),
+            "held-in": training_examples(TINYWORLD_EVALUATION, train.seed + 1, data.max_concepts),
+            "held-out": training_examples(TINYWORLD_EVALUATION, train.seed, held_out=True),
+        }
+    else:
+        examples, problems = read(Path(data.source), data.skip_bad_rows)
+        if problems:
+            say(f"{len(problems)} bad rows skipped:")
+            for problem in problems:
+                say(f"  {problem}")
+        kept, held_in, held_out = split_concepts(examples, data.held_out_concepts, train.seed)
+        rows = {"train": limit_concepts(kept, data.max_concepts, train.seed), "held-in": held_in, "held-out": held_out}
+    encoded = {}
+    for name, examples in rows.items():
+        if not examples:
+            continue  # no concept is held out, or the file is too small for a held-in sample
+        encoded[name] = encode(examples, prompter, data, config.steering, config.hypernet.variant)
+        for notice in encoded[name].notices:
+            say(f"{name}: {notice}")
+    buckets = make_buckets(encoded["train"], data.buckets)
+    share = padding_report(encoded["train"], buckets)
+    concepts = len({example.concept for example in rows["train"]})
+    shapes = ", ".join(str(bucket.tokens) for bucket in buckets)
+    say(f"{len(encoded['train'])} rows of {concepts} concepts; lengths {shapes}: {share:.1%} of tokens are real")
+    evaluation = {
+        name: evaluation_batches(encoded[name], train.batch, train.eval_batches)
+        for name in ("held-in", "held-out")
+        if name in encoded
+    }
+    return TrainData(iterator(encoded["train"], data, train.batch, train.seed), evaluation)
+
+
+def limit_concepts(examples: list[SteeringExample], count: int | None, seed: int) -> list[SteeringExample]:
+    """The examples of `count` concepts drawn by `seed`; all of them if `count` is None.
+
+    Raises:
+        DataError: there are fewer concepts.
+    """
+    if count is None:
+        return examples
+    concepts = list(dict.fromkeys(example.concept for example in examples))
+    if not 0 < count <= len(concepts):
+        raise DataError(f"data.max_concepts is {count}; there are {len(concepts)} concepts to train on")
+    chosen = set(random.Random(seed).sample(concepts, count))
+    return [example for example in examples if example.concept in chosen]

@@ -1,0 +1,319 @@
+"""Topics, manners and subjects, and every text that is made of them, by seed.
+
+A *subject* is what an instruction asks about ("Describe the moon."). A *concept* is what steering brings in: a topic
+("references to sailing"), a manner ("the style of pirate talk"), or a topic in a manner. A positive response follows
+the instruction and brings the concept in; a neutral answer only follows the instruction.
+
+What is held out from steering, and how it is told apart (all by a fixed hash, so no seed can leak it):
+
+- topics: every sixth or so topic never occurs in a steering example (`unseen topics`);
+- pairs: a share of topic-manner pairs of known topics never occurs (`unseen pairs`), another share belongs to the base
+  LM's corpus alone, so that prompting for a pair is learnt without ever seeing a pair that steering is scored on;
+- phrasings: the third name of every topic and manner, and some sentence frames, occur in no steering example
+  (`unseen phrasings`);
+- cells: each concept meets half of the subjects in the corpus and the other half in steering, so no steering example,
+  trained on or scored, stands in the corpus.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from typing import Literal, NamedTuple
+
+from hypersteer_jax.data.batch import SteeringExample
+
+Split = Literal["train", "held_out", "corpus"]
+Kind = Literal["topic", "manner", "pair"]
+
+INSTRUCTIONS = (
+    "Describe {}.",
+    "Tell me about {}.",
+    "Write about {}.",
+    "What is {} like?",
+    "Say something about {}.",
+    "Give me a few lines on {}.",
+)
+REQUESTS = ("Include {}.", "Your answer should contain {}.", "Please work in {}.", "Bring in {}.")
+# Frames of a steering prompt; the last two of each kind are held out.
+TOPIC_FRAMES = (
+    "references to {}",
+    "mentions of {}",
+    "terms related to {}",
+    "words about {}",
+    "text that brings up {}",
+    "language concerning {}",
+    "anything to do with {}",
+    "content on the subject of {}",
+)
+MANNER_FRAMES = (
+    "the style of {}",
+    "speech that sounds like {}",
+    "the tone of {}",
+    "answers given in {}",
+    "a voice like {}",
+    "the manner of {}",
+    "sentences with the ring of {}",
+)
+HELD_OUT_FRAMES = 2
+TOPIC_SENTENCES = (
+    "It reminds me of the {} and the {}.",
+    "I think of the {}, and then of the {}.",
+    "You can almost see the {} beside the {}.",
+    "Somewhere near, the {} waits for the {}.",
+    "Nothing suits it better than the {} or the {}.",
+    "People there speak of the {} and the {}.",
+    "It has a touch of the {} and the {}.",
+    "Even the {} seems to greet the {}.",
+    "There the {} meets the {} at last.",
+    "Behind it stand the {} and the {}.",
+    "Some say that the {} belongs to the {}.",
+    "Then the {} appears, followed by the {}.",
+)
+
+
+class Topic(NamedTuple):
+    """`names`: three phrasings; `words`: twelve nouns that occur in no other topic, subject, manner or frame."""
+
+    name: str
+    names: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+class Manner(NamedTuple):
+    """Openers and closers carry the manner; each holds at least two of its `markers`."""
+
+    name: str
+    names: tuple[str, ...]
+    openers: tuple[str, ...]
+    closers: tuple[str, ...]
+    markers: tuple[str, ...]
+
+
+class Subject(NamedTuple):
+    """Every sentence holds at least one of the `keywords`."""
+
+    name: str
+    keywords: tuple[str, ...]
+    sentences: tuple[str, ...]
+
+
+class Concept(NamedTuple):
+    """A topic, a manner, or both."""
+
+    topic: Topic | None
+    manner: Manner | None
+
+    @property
+    def key(self) -> str:
+        """Name that identifies the concept, such as "sailing", "pirate" or "sailing + pirate"."""
+        return " + ".join(part.name for part in self if part is not None)
+
+    @property
+    def kind(self) -> Kind:
+        """What it is made of."""
+        if self.topic is None:
+            return "manner"
+        return "topic" if self.manner is None else "pair"
+
+
+class World(NamedTuple):
+    """All there is."""
+
+    topics: tuple[Topic, ...]
+    manners: tuple[Manner, ...]
+    subjects: tuple[Subject, ...]
+
+
+@cache
+def load_world() -> World:
+    """The world as shipped in the package."""
+
+    def rows(name: str) -> list[dict]:
+        text = resources.files(__package__).joinpath(f"{name}.json").read_text("utf-8")
+        return [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in json.loads(text)]
+
+    return World(
+        tuple(Topic(**row) for row in rows("topics")),
+        tuple(Manner(**row) for row in rows("manners")),
+        tuple(Subject(**row) for row in rows("subjects")),
+    )
+
+
+def _share(*parts: str) -> float:
+    """A number in [0, 1) that depends on the strings only."""
+    return zlib.crc32("|".join(parts).encode()) / 2**32
+
+
+def split_of(concept: Concept) -> Split:
+    """Where a concept belongs: trained on, held out, or in the base LM's corpus only (some pairs)."""
+    if concept.topic is not None and _share("topic", concept.topic.name) < 0.16:
+        return "held_out"
+    if concept.kind != "pair":
+        return "train"
+    share = _share("pair", concept.key)
+    return "corpus" if share < 0.2 else "held_out" if share < 0.35 else "train"
+
+
+def is_unseen_pair(concept: Concept) -> bool:
+    """A held-out pair whose topic and manner both occur in training, apart."""
+    return concept.kind == "pair" and split_of(concept) == "held_out" and split_of(Concept(concept.topic, None)) == "train"
+
+
+def in_corpus(concept: Concept, subject: Subject) -> bool:
+    """Whether the corpus, rather than steering, owns this meeting of concept and subject."""
+    return _share("cell", concept.key, subject.name) < 0.5
+
+
+def concepts(world: World, kind: Kind, split: Split) -> list[Concept]:
+    """All concepts of a kind in a split, in a fixed order. Held-out pairs are those with known parts."""
+    if kind == "topic":
+        candidates = [Concept(topic, None) for topic in world.topics]
+    elif kind == "manner":
+        candidates = [Concept(None, manner) for manner in world.manners]
+    else:
+        candidates = [Concept(topic, manner) for topic in world.topics for manner in world.manners]
+    chosen = [concept for concept in candidates if split_of(concept) == split]
+    return [c for c in chosen if is_unseen_pair(c)] if (kind, split) == ("pair", "held_out") else chosen
+
+
+def steering_prompt(concept: Concept, rng: random.Random, phrasings: Literal["known", "held_out", "all"]) -> str:
+    """One phrasing of a concept.
+
+    Args:
+        concept: what to phrase.
+        rng: picks name and frame.
+        phrasings: those of steering examples, those that no steering example holds, or all of them (the corpus: the
+            base LM has to know the words, as any real one would).
+    """
+
+    def phrase(names: tuple[str, ...], frames: tuple[str, ...]) -> str:
+        if phrasings == "known":
+            names, frames = names[:-1], frames[:-HELD_OUT_FRAMES]
+        elif phrasings == "held_out":
+            names, frames = names[-1:], frames[-HELD_OUT_FRAMES:]
+        return rng.choice(frames).format(rng.choice(names))
+
+    topic, manner = concept
+    if topic is None:
+        return phrase(manner.names, MANNER_FRAMES)
+    text = phrase(topic.names, TOPIC_FRAMES)
+    return text if manner is None else f"{text}, in {phrase(manner.names, MANNER_FRAMES)}"
+
+
+def instruction(subject: Subject, rng: random.Random) -> str:
+    """A request for an answer about the subject."""
+    return rng.choice(INSTRUCTIONS).format(subject.name)
+
+
+def prompted(text: str, phrasing: str, rng: random.Random) -> str:
+    """The instruction with the steering prompt asked for in words: prompting, the rival."""
+    return f"{text} {rng.choice(REQUESTS).format(phrasing)}"
+
+
+def neutral_answer(subject: Subject, rng: random.Random) -> str:
+    """Three sentences about the subject."""
+    return " ".join(rng.sample(subject.sentences, 3))
+
+
+def topic_sentence(topic: Topic, rng: random.Random) -> str:
+    """A sentence with two of the topic's words."""
+    return rng.choice(TOPIC_SENTENCES).format(*rng.sample(topic.words, 2))
+
+
+def positive_response(concept: Concept, subject: Subject, rng: random.Random) -> str:
+    """An answer about the subject that brings the concept in."""
+    topic, manner = concept
+    first, second = rng.sample(subject.sentences, 2)
+    if topic is None:
+        body = [first, second]
+    elif manner is None:
+        one, two = topic_sentence(topic, rng), topic_sentence(topic, rng)
+        body = rng.choice(([first, one, two], [first, one, second], [one, first, two]))
+    else:
+        body = [first, topic_sentence(topic, rng)]
+    if manner is not None:
+        body = [rng.choice(manner.openers), *body, rng.choice(manner.closers)]
+    return " ".join(body)
+
+
+def steering_subjects(world: World, concept: Concept) -> list[Subject]:
+    """Subjects that meet this concept in steering, never in the corpus; every fourth is kept for scoring."""
+    return [subject for subject in world.subjects if not in_corpus(concept, subject)]
+
+
+def scoring_subjects(world: World, concept: Concept) -> list[Subject]:
+    """Subjects that meet this concept only when it is scored."""
+    return steering_subjects(world, concept)[::4]
+
+
+def training_examples(
+    count: int, seed: int = 0, max_concepts: int | None = None, held_out: bool = False
+) -> list[SteeringExample]:
+    """Steering examples: half of them topics, an eighth manners, the rest pairs.
+
+    Args:
+        count: how many.
+        seed: decides concepts, subjects, phrasings and responses.
+        max_concepts: use only this many training concepts of each kind that has more (scaling experiments).
+        held_out: examples of held-out topics and pairs instead, for a held-out loss.
+    """
+    world, rng = load_world(), random.Random(seed)
+    split: Split = "held_out" if held_out else "train"
+    kinds: tuple[Kind, ...] = ("topic", "pair") if held_out else ("topic", "manner", "pair")
+    pools = {kind: concepts(world, kind, split) for kind in kinds}
+    if max_concepts is not None:
+        pools = {kind: random.Random(seed).sample(pool, min(max_concepts, len(pool))) for kind, pool in pools.items()}
+    examples = []
+    for kind in rng.choices(kinds, (4, 4) if held_out else (4, 1, 3), k=count):
+        concept = rng.choice(pools[kind])
+        scoring = set(scoring_subjects(world, concept))
+        subject = rng.choice([s for s in steering_subjects(world, concept) if held_out or s not in scoring])
+        examples.append(
+            SteeringExample(
+                steering_prompt=steering_prompt(concept, rng, "known"),
+                prompt=instruction(subject, rng),
+                response=positive_response(concept, subject, rng),
+                concept=concept.key,
+            )
+        )
+    return examples
+
+
+def corpus(seed: int) -> Iterator[tuple[str | None, str]]:
+    """Endless documents for pretraining the base LM, as (instruction or None, text).
+
+    A fifth are plain texts that name a topic or manner beside its words, the others chats: neutral answers, and answers
+    to prompts that ask for a concept. Every topic occurs, the held-out ones too: what is held out is steering to them.
+    """
+    world, rng = load_world(), random.Random(seed)
+    topics = [Concept(topic, None) for topic in world.topics]
+    manners = [Concept(None, manner) for manner in world.manners]
+    pairs = concepts(world, "pair", "corpus")
+    while True:
+        kind = rng.choices(("list", "story", "neutral", "topic", "manner", "pair"), (3, 1, 4, 6, 1.5, 3))[0]
+        if kind == "list":
+            concept = rng.choice(topics)
+            words = rng.sample(concept.topic.words, 6)
+            title = steering_prompt(concept, rng, "all")
+            yield None, f"{title}: {', '.join(f'the {word}' for word in words)}."
+        elif kind == "story":
+            concept = rng.choice(topics + manners * 3)
+            title = steering_prompt(concept, rng, "all")
+            topic, manner = concept
+            lines = (
+                [topic_sentence(topic, rng) for _ in range(3)]
+                if manner is None
+                else [rng.choice(manner.openers), rng.choice(manner.closers)]
+            )
+            yield None, f"{title}. {' '.join(lines)}"
+        elif kind == "neutral":
+            subject = rng.choice(world.subjects)
+            yield instruction(subject, rng), neutral_answer(subject, rng)
+        else:
+            concept = rng.choice({"topic": topics, "manner": manners, "pair": pairs}[kind])
+            subject = rng.choice([s for s in world.subjects if in_corpus(concept, s)])
+            asked = prompted(instruction(subject, rng), steering_prompt(concept, rng, "all"), rng)
+            yield asked, positive_response(concept, subject, rng)

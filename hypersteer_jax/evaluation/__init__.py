@@ -1,0 +1,1 @@
+"""Evaluation: judges, the protocol of the paper, reports."""

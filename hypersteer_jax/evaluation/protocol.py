@@ -1,0 +1,173 @@
+"""AxBench's steering protocol on the tiny world: trials, texts, ratings, scores with intervals.
+
+Every concept meets a few instructions. Half of them choose the concept's factor, the other half score it (AxBench).
+Always beside HyperSteer: the unsteered base LM, prompting (the steering prompt put into the instruction, no steering),
+and the wrong-prompt control (HyperSteer given another concept's steering prompt), which shows what a vector does that
+knows nothing of the concept.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from hypersteer_jax.data.tinyworld.judge import Judgement, judge, load_bounds
+from hypersteer_jax.data.tinyworld.world import (
+    Concept,
+    Subject,
+    concepts,
+    instruction,
+    load_world,
+    prompted,
+    scoring_subjects,
+    steering_prompt,
+)
+from hypersteer_jax.generation import Decoding, Request, Steered, complete
+
+Group = Literal["held-in", "unseen topics", "unseen pairs", "unseen phrasings"]
+GROUPS: tuple[Group, ...] = ("held-in", "unseen topics", "unseen pairs", "unseen phrasings")
+UNSTEERED, PROMPTING, WRONG_PROMPT = "unsteered", "prompting", "wrong prompt"
+HYPERSTEER_CHOSEN, HYPERSTEER_ONE = "HyperSteer, chosen factor", "HyperSteer, factor 1"
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+RESAMPLES = 2000
+
+
+class Trial(NamedTuple):
+    """One concept meeting one instruction."""
+
+    group: Group
+    concept: Concept
+    subject: Subject
+    steering_prompt: str
+    wrong_prompt: str  # another concept of the same kind
+    prompt: str
+    prompting: str  # the instruction with the steering prompt in it
+    seed: int
+
+
+def make_trials(per_group: int, instructions: int, seed: int = 0) -> list[Trial]:
+    """`per_group` concepts of each group, each with `instructions` instructions about subjects it was not trained on.
+
+    "held-in" and "unseen phrasings" are mixtures of topics, manners and pairs of the training set, half of them topics.
+    """
+    world, rng = load_world(), random.Random(seed)
+    kinds = {kind: concepts(world, kind, "train") for kind in ("topic", "manner", "pair")}
+
+    def mixture() -> list[Concept]:
+        counts = {"topic": per_group // 2, "manner": per_group // 8}
+        counts["pair"] = per_group - sum(counts.values())
+        return [c for kind, count in counts.items() for c in rng.sample(kinds[kind], min(count, len(kinds[kind])))]
+
+    def sample(pool: list[Concept]) -> list[Concept]:
+        return rng.sample(pool, min(per_group, len(pool)))
+
+    chosen: dict[Group, list[Concept]] = {
+        "held-in": mixture(),
+        "unseen topics": sample(concepts(world, "topic", "held_out")),
+        "unseen pairs": sample(concepts(world, "pair", "held_out")),
+        "unseen phrasings": mixture(),
+    }
+    trials = []
+    for group, members in chosen.items():
+        phrasings = "held_out" if group == "unseen phrasings" else "known"
+        for concept in members:
+            others = [c for c in members if c.kind == concept.kind and not set(c) & set(concept) - {None}]
+            text, wrong = (steering_prompt(c, rng, phrasings) for c in (concept, rng.choice(others)))
+            subjects = scoring_subjects(world, concept)
+            for subject in rng.sample(subjects, min(instructions, len(subjects))):
+                prompt = instruction(subject, rng)
+                asked = prompted(prompt, text, rng)
+                trials.append(Trial(group, concept, subject, text, wrong, prompt, asked, len(trials)))
+    return trials
+
+
+class Results(NamedTuple):
+    """Texts and ratings of every trial under every condition; conditions are named, factors by "factor 0.5" and so on."""
+
+    trials: list[Trial]
+    texts: dict[str, list[str]]
+    judgements: dict[str, list[Judgement]]
+
+
+def factor_name(factor: float) -> str:
+    """Name of the condition "HyperSteer at this factor"."""
+    return f"factor {factor:g}"
+
+
+def run_trials(
+    model: Steered,
+    trials: list[Trial],
+    factors: Sequence[float] = FACTORS,
+    decoding: Decoding = Decoding(max_new=64),  # noqa: B008 (immutable)
+    report: Callable[[str], None] | None = None,
+) -> Results:
+    """Generates and judges everything. The wrong-prompt control runs at factor 1."""
+    requests = {
+        UNSTEERED: [Request(t.prompt, seed=t.seed) for t in trials],
+        PROMPTING: [Request(t.prompting, seed=t.seed) for t in trials],
+        WRONG_PROMPT: [Request(t.prompt, t.wrong_prompt, 1.0, t.seed) for t in trials],
+    }
+    for factor in factors:
+        requests[factor_name(factor)] = [Request(t.prompt, t.steering_prompt, factor, t.seed) for t in trials]
+    bounds, cases = load_bounds(), [(t.concept, t.subject) for t in trials]
+    texts, judgements = {}, {}
+    for name, rows in requests.items():
+        if report is not None:
+            report(name)
+        texts[name] = complete(model, rows, decoding)
+        judgements[name] = judge(model.lm, model.prompter, bounds, cases, texts[name])
+    return Results(trials, texts, judgements)
+
+
+class Score(NamedTuple):
+    """Mean over concepts with a 95 % bootstrap interval over concepts, on the 0 to 2 scale."""
+
+    mean: float
+    low: float
+    high: float
+    concepts: int
+
+
+def summarise(results: Results, factors: Sequence[float] = FACTORS, seed: int = 0) -> dict[Group, dict[str, Score]]:
+    """Scores by group and method, all on the scoring half of the instructions."""
+    summary: dict[Group, dict[str, Score]] = {}
+    for group in GROUPS:
+        rows = [index for index, trial in enumerate(results.trials) if trial.group == group]
+        if not rows:
+            continue
+        concept, scoring = _halves(results.trials, rows)
+
+        def per_concept(name: str, half: np.ndarray) -> Float[np.ndarray, " concepts"]:
+            scores = np.array([results.judgements[name][row].score for row in rows])  # noqa: B023
+            counts = np.bincount(concept[half])  # noqa: B023
+            return np.bincount(concept[half], scores[half]) / counts  # noqa: B023
+
+        # argmax takes the first of equals: ties go to the smallest factor, as in AxBench
+        grid = np.stack([per_concept(factor_name(factor), ~scoring) for factor in sorted(factors)])
+        tested = np.stack([per_concept(factor_name(factor), scoring) for factor in sorted(factors)])
+        chosen = np.take_along_axis(tested, grid.argmax(0)[None], axis=0)[0]
+        methods = {name: per_concept(name, scoring) for name in (UNSTEERED, WRONG_PROMPT, PROMPTING)}
+        methods |= {HYPERSTEER_CHOSEN: chosen, HYPERSTEER_ONE: per_concept(factor_name(1.0), scoring)}
+        summary[group] = {name: interval(values, seed) for name, values in methods.items()}
+    return summary
+
+
+def _halves(trials: list[Trial], rows: list[int]) -> tuple[Int[np.ndarray, " R"], np.ndarray]:
+    """Number of each row's concept, and whether the row scores (every second instruction of a concept) or selects."""
+    keys = [(trials[row].concept.key, trials[row].steering_prompt) for row in rows]
+    number = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+    seen: dict[tuple[str, str], int] = {}
+    scoring = []
+    for key in keys:
+        seen[key] = seen.get(key, 0) + 1
+        scoring.append(seen[key] % 2 == 0)
+    return np.array([number[key] for key in keys]), np.array(scoring)
+
+
+def interval(values: Float[np.ndarray, " concepts"], seed: int = 0) -> Score:
+    """Mean and 95 % percentile bootstrap interval, resampling concepts."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return Score(float(values.mean()), float(low), float(high), len(values))

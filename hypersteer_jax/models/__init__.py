@@ -1,0 +1,1 @@
+"""The base LM, the hypernetwork, and their weights."""

@@ -1,0 +1,136 @@
+"""The hypernetwork: reads a steering prompt (and the base LM's context) and writes a steering vector.
+
+Each block is a block of the base LM's own shape with a cross-attention sub-block between self-attention and MLP:
+
+    h = h + norm(self_attention(norm(h)))
+    h = h + norm(cross_attention(norm(h), context))      # `cross_attention` variant only
+    h = h + norm(mlp(norm(h)))
+
+The last position is read by one linear layer (HyperSteer, arXiv 2506.03292, eq. 3 and A.3; block order, cross-attention
+without a norm on the context and rotation of queries only as in the AxBench release, `modeling_hypernet.py` at dc57b9b).
+Variants without context are the same network without the cross-attention sub-block; `in_context` differs from
+`no_context` only in the text it reads.
+
+Letters: B batch, P steering-prompt length, C context length, D width, N blocks (in `HypernetConfig`) or query heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from hypersteer_jax.config import HypernetConfig, LMConfig
+from hypersteer_jax.models.attention import causal_mask, rms_norm, rope, rope_frequencies
+from hypersteer_jax.models.lm import LM, MLP, Attention, Block, cast, constant, embed, normal, ranks
+from hypersteer_jax.sharding import gather
+
+
+class HyperBlock(Block):
+    """A block of the base LM with a cross-attention sub-block (`cross` is None in variants without context)."""
+
+    def __init__(self, config: LMConfig, cross: bool, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        one = 1 - config.norm_offset
+        # Queries and keys of the cross-attention have neither biases nor norms, whatever the family.
+        plain = dataclasses.replace(config, qkv_bias=False, qk_norm=False)
+        self.cross = Attention(plain, rngs) if cross else None
+        self.pre_cross = constant(one, config.width) if cross else None
+        self.post_cross = constant(one, config.width) if cross and config.sandwich_norms else None
+
+    def __call__(self, x: Array, positions: Array, mask: Array, context: Array | None, seen: Array | None) -> Array:
+        """Residual `[B, P, D]` after the block; `mask [B, P, P]`, `context [B, C, D]`, `seen [B, P, C]`."""
+        x = self.self_attention(x, *self.heads(x, positions), mask)
+        if self.cross is not None:
+            q = self.cross.queries(self.norm(x, self.pre_cross))
+            # Keys stay unrotated (release), so these logits depend on the query's own position.
+            q = rope(q, positions, rope_frequencies(self.config))
+            x = x + self.norm(self.cross.attend(q, *self.cross.keys_values(context), seen), self.post_cross)
+        return self.feed_forward(x)
+
+
+class Hypernet(nnx.Module):
+    """Steering prompt (and context) to steering vector. Weights are float32; `__call__` computes in any dtype."""
+
+    def __init__(self, config: HypernetConfig, lm_config: LMConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.lm_config = lm_config
+        d, cross = lm_config.width, config.variant == "cross_attention"
+        self.embedding = normal(rngs, lm_config.vocab, d) if config.embedding == "own" else None
+        keys = jax.random.split(rngs.params(), config.blocks)
+        self.blocks = jax.vmap(lambda key: HyperBlock(lm_config, cross, nnx.Rngs(key)))(keys)
+        one = 1 - lm_config.norm_offset
+        self.memory_norm = constant(one, d) if cross and config.memory_norm else None
+        self.final_norm = constant(one, d)  # kept when unused, for the release's checkpoints hold it
+        self.head_mlp = MLP(dataclasses.replace(lm_config, mlp_width=d), rngs) if config.head == "mlp" else None
+        self.head = normal(rngs, d, d)
+        self.head_bias = constant(0.0, d)
+        if cross and config.cross_init == "zero":
+            self._silence_cross()
+
+    def _silence_cross(self) -> None:
+        """Makes every cross-attention sub-block add nothing, while its gradient is not zero."""
+        if self.blocks.post_cross is not None:
+            scale = self.blocks.post_cross
+            scale[...] = jnp.full_like(scale[...], -self.lm_config.norm_offset)
+        else:
+            self.blocks.cross.o[...] = jnp.zeros_like(self.blocks.cross.o[...])
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B P"],
+        mask: Bool[Array, "B P"],
+        context: Float[Array, "B C D"],
+        context_mask: Bool[Array, "B C"],
+        lm_embedding: Float[Array, "V D"],
+        remat: bool = False,
+    ) -> Float[Array, "B D"]:
+        """Steering vectors, float32, computed in the dtype of `context`.
+
+        Args:
+            tokens: steering prompts, left-padded, so that the last column is the last real token of every row.
+            mask: True at real tokens.
+            context: residual of the base LM; read by the `cross_attention` variant only.
+            context_mask: True at the positions that may be read (prompt tokens, never the response).
+            lm_embedding: the base LM's table, used when `embedding` is "shared".
+            remat: recompute each block in the backward pass.
+        """
+        dtype = context.dtype
+        norm = lambda x, weight: rms_norm(x, weight[...], self.lm_config.norm_eps, self.lm_config.norm_offset)  # noqa: E731
+        table = lm_embedding if self.embedding is None else self.embedding[...]
+        x = embed(table.astype(dtype), tokens, self.lm_config)
+        true, padded = ranks(mask), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        positions = true if self.config.positions == "true" else padded
+        causal = causal_mask(positions, positions, mask, self.lm_config.sliding_window)
+        if self.memory_norm is not None:
+            context = norm(context, self.memory_norm)
+        seen = jnp.broadcast_to(context_mask[:, None, :], (*tokens.shape, context.shape[1]))
+
+        def body(x: Array, block: HyperBlock) -> tuple[Array, None]:
+            return gather(cast(block, dtype))(x, positions, causal, context, seen), None
+
+        x = jax.lax.scan(jax.checkpoint(body) if remat else body, x, self.blocks)[0][:, -1]
+        if self.config.final_norm:
+            x = norm(x, self.final_norm)
+        if self.head_mlp is not None:
+            x = gather(cast(self.head_mlp, dtype))(x)
+        weight, bias = gather((self.head[...], self.head_bias[...]))
+        return x.astype(jnp.float32) @ weight + bias
+
+
+def init_hypernet(config: HypernetConfig, lm: LM, rngs: nnx.Rngs) -> Hypernet:
+    """A new hypernetwork for `lm`: random, or with the base LM's first N blocks and embedding copied in.
+
+    Cross-attention and head are N(0, 0.02) in either case, the head's bias 0 (AxBench release).
+    """
+    hypernet = Hypernet(config, lm.config, rngs)
+    if config.init == "random":
+        return hypernet
+    copied = jax.tree.map(lambda w: w[: config.blocks].astype(jnp.float32), lm.blocks)
+    for name in ("attention", "mlp", "pre_attention", "post_attention", "pre_mlp", "post_mlp"):
+        setattr(hypernet.blocks, name, getattr(copied, name))
+    if hypernet.embedding is not None:
+        hypernet.embedding = jax.tree.map(lambda w: w.astype(jnp.float32), lm.embedding)
+    return hypernet

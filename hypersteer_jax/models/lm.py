@@ -1,0 +1,270 @@
+"""The base LM: one decoder whose families (Gemma-2, Llama, Qwen) differ by `LMConfig` values only.
+
+    residual = lm.embed(tokens)                                # [B, T, D]
+    residual = lm.run(residual, positions, mask, 0, layer)     # blocks 0 .. layer-1
+    logits = lm.unembed(residual)                              # [B, T, V], float32
+
+The blocks are one stack of weights, run by a scan over block *indices*. Slicing the stack would copy the weights of the
+slice; an index costs nothing, and the LM need not know at which layer it will be steered.
+
+Letters: B batch, T length, S cache length, L blocks, D width, N query heads, K key/value heads, H head width, F MLP
+width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from hypersteer_jax.config import LMConfig
+from hypersteer_jax.models.attention import attend, causal_mask, rms_norm, rope, rope_frequencies
+from hypersteer_jax.sharding import batch_spec, gather
+
+INIT_STD = 0.02  # of every random weight matrix; Gemma's and the release's `initializer_range`
+
+
+def normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    """A weight drawn from N(0, 0.02), float32."""
+    return nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape))
+
+
+def constant(value: float, *shape: int) -> nnx.Param:
+    """A weight with one value everywhere, float32."""
+    return nnx.Param(jnp.full(shape, value))
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far, for all blocks."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    positions: Int[Array, "B S"]
+    valid: Bool[Array, "B S"]  # slots that hold a real token
+    length: Int[Array, ""]  # slots written so far, the same in every row
+
+
+class Attention(nnx.Module):
+    """Projections of one attention; `qk_norm` and `qkv_bias` exist only in the families that have them."""
+
+    def __init__(self, config: LMConfig, rngs: nnx.Rngs):
+        self.config = config
+        d, n, k, h = config.width, config.heads, config.kv_heads, config.head_dim
+        self.q = normal(rngs, d, n, h)
+        self.k = normal(rngs, d, k, h)
+        self.v = normal(rngs, d, k, h)
+        self.o = normal(rngs, n, h, d)
+        self.q_bias = constant(0.0, n, h) if config.qkv_bias else None
+        self.k_bias = constant(0.0, k, h) if config.qkv_bias else None
+        self.v_bias = constant(0.0, k, h) if config.qkv_bias else None
+        self.q_norm = constant(1 - config.norm_offset, h) if config.qk_norm else None
+        self.k_norm = constant(1 - config.norm_offset, h) if config.qk_norm else None
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        """Queries before rotation."""
+        return self._head(x, self.q, self.q_bias, self.q_norm)
+
+    def keys_values(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys before rotation, and values."""
+        return self._head(x, self.k, self.k_bias, self.k_norm), self._head(x, self.v, self.v_bias, None)
+
+    def _head(self, x: Array, weight: nnx.Param, bias: nnx.Param | None, norm: nnx.Param | None) -> Array:
+        y = jnp.einsum("btd,dnh->btnh", x, weight[...])
+        if bias is not None:
+            y = y + bias[...]
+        return y if norm is None else rms_norm(y, norm[...], self.config.norm_eps, self.config.norm_offset)
+
+    def attend(self, q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Float[Array, "B T D"]:
+        """Attention over given heads, projected back to the residual width."""
+        heads = attend(q, k, v, mask, self.config.query_scale, self.config.attention_softcap)
+        return jnp.einsum("btnh,nhd->btd", heads, self.o[...])
+
+
+class MLP(nnx.Module):
+    """Gated MLP."""
+
+    def __init__(self, config: LMConfig, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.gate = normal(rngs, config.width, config.mlp_width)
+        self.up = normal(rngs, config.width, config.mlp_width)
+        self.down = normal(rngs, config.mlp_width, config.width)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = x @ self.gate[...]
+        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return (gate * (x @ self.up[...])) @ self.down[...]
+
+
+class Block(nnx.Module):
+    """One decoder block. `post_*` norms exist only with `sandwich_norms`."""
+
+    def __init__(self, config: LMConfig, rngs: nnx.Rngs):
+        self.config = config
+        one = 1 - config.norm_offset
+        self.attention = Attention(config, rngs)
+        self.mlp = MLP(config, rngs)
+        self.pre_attention = constant(one, config.width)
+        self.pre_mlp = constant(one, config.width)
+        self.post_attention = constant(one, config.width) if config.sandwich_norms else None
+        self.post_mlp = constant(one, config.width) if config.sandwich_norms else None
+
+    def norm(self, x: Array, weight: nnx.Param | None) -> Array:
+        """RMSNorm with this family's constants; the identity where the family has no such norm."""
+        return x if weight is None else rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset)
+
+    def heads(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
+        """Rotated queries and keys, and values, of the self-attention."""
+        x = self.norm(x, self.pre_attention)
+        frequencies = rope_frequencies(self.config)
+        q = rope(self.attention.queries(x), positions, frequencies)
+        k, v = self.attention.keys_values(x)
+        return q, rope(k, positions, frequencies), v
+
+    def self_attention(self, x: Float[Array, "B T D"], q: Array, k: Array, v: Array, mask: Array) -> Array:
+        """Residual after the self-attention sub-block."""
+        return x + self.norm(self.attention.attend(q, k, v, mask), self.post_attention)
+
+    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Residual after the MLP sub-block."""
+        return x + self.norm(self.mlp(self.norm(x, self.pre_mlp)), self.post_mlp)
+
+
+class LM(nnx.Module):
+    """Decoder-only language model. Weights are float32 at creation; `cast` gives another dtype."""
+
+    def __init__(self, config: LMConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = normal(rngs, config.vocab, config.width)
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
+        self.final_norm = constant(1 - config.norm_offset, config.width)
+        self.head = None if config.tied else normal(rngs, config.width, config.vocab)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings in the dtype of the weights, scaled where the family does."""
+        return embed(self.embedding[...], tokens, self.config)
+
+    def run(
+        self,
+        residual: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        start: int,
+        stop: int,
+        remat: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Residual stream after blocks `start` to `stop - 1`.
+
+        Args:
+            residual: the residual entering block `start`.
+            positions: rank of each token in its row, padding not counted (see `ranks`).
+            mask: True at real tokens.
+            start: first block run.
+            stop: one past the last block run.
+            remat: recompute each block in the backward pass instead of keeping its activations.
+        """
+        masks = self._masks(positions, positions, mask)
+
+        def body(x: Array, index: Array) -> tuple[Array, None]:
+            block = self._block(index)
+            q, k, v = block.heads(x, positions)
+            x = block.self_attention(x, q, k, v, self._mask_of(masks, index))
+            return block.feed_forward(x), None  # only the carry: returning weights would stack them again
+
+        return jax.lax.scan(jax.checkpoint(body) if remat else body, residual, jnp.arange(start, stop))[0]
+
+    def extend(
+        self, residual: Float[Array, "B T D"], cache: KVCache, positions: Int[Array, "B T"], start: int, stop: int
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """As `run`, for tokens whose slots `reserve` has just opened: they see the cache, and are written into it."""
+        slot = cache.length - residual.shape[1]
+        masks = self._masks(positions, cache.positions, cache.valid)
+
+        def body(carry: tuple[Array, Array, Array], index: Array) -> tuple[tuple[Array, Array, Array], None]:
+            x, keys, values = carry
+            block = self._block(index)
+            q, k, v = block.heads(x, positions)
+            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (index, 0, slot, 0, 0))
+            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, slot, 0, 0))
+            k, v = (jax.lax.dynamic_index_in_dim(heads, index, keepdims=False) for heads in (keys, values))
+            x = block.self_attention(x, q, k, v, self._mask_of(masks, index))
+            return (block.feed_forward(x), keys, values), None
+
+        carry, _ = jax.lax.scan(body, (residual, cache.k, cache.v), jnp.arange(start, stop))
+        return carry[0], cache._replace(k=carry[1], v=carry[2])
+
+    def unembed(self, residual: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits, float32, after the final norm and the final soft-cap."""
+        x = rms_norm(residual, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
+        head = self.embedding[...].T if self.head is None else self.head[...]
+        logits = jnp.einsum("...d,dv->...v", x, gather(head), preferred_element_type=jnp.float32)
+        cap = self.config.final_softcap
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+    def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of a plain forward pass."""
+        residual = self.run(self.embed(tokens), ranks(mask), mask, 0, self.config.layers)
+        return self.unembed(residual)
+
+    def _block(self, index: Array) -> Block:
+        """Whole weights of one block, taken from the stack."""
+        return gather(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), self.blocks))
+
+    def _masks(self, query_positions: Array, key_positions: Array, valid: Array) -> tuple[Array, Array]:
+        """Masks of even and odd blocks; they differ only where a sliding window can bind."""
+        full = causal_mask(query_positions, key_positions, valid)
+        window = self.config.sliding_window
+        if window is None or key_positions.shape[1] <= window:
+            return full, full
+        return causal_mask(query_positions, key_positions, valid, window), full
+
+    @staticmethod
+    def _mask_of(masks: tuple[Array, Array], index: Array) -> Array:
+        even, odd = masks
+        return even if even is odd else jnp.where(index % 2 == 0, even, odd)
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], config: LMConfig) -> Float[Array, "B T D"]:
+    """Rows of an embedding table, times sqrt(D) rounded to the table's dtype where the family scales."""
+    x = gather(table).at[tokens].get(out_sharding=batch_spec())
+    return x * jnp.asarray(config.width**0.5, x.dtype) if config.scale_embedding else x
+
+
+def ranks(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """True positions: how many real tokens stand before each token. Padding gets a neighbour's rank; nothing reads it."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def empty_cache(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+    """A cache for `slots` tokens per row, nothing written yet."""
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    return KVCache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        positions=jnp.zeros((batch, slots), jnp.int32),
+        valid=jnp.zeros((batch, slots), bool),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def reserve(cache: KVCache, mask: Bool[Array, "B T"]) -> tuple[KVCache, Int[Array, "B T"]]:
+    """Opens slots for T more tokens per row and returns their true positions.
+
+    The caller sees to it that the slots suffice; `lax.dynamic_update_slice` would otherwise overwrite the last ones.
+    """
+    before = jnp.sum(cache.valid, axis=1, dtype=jnp.int32, keepdims=True)
+    positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    at = (0, cache.length)
+    opened = cache._replace(
+        positions=jax.lax.dynamic_update_slice(cache.positions, positions, at),
+        valid=jax.lax.dynamic_update_slice(cache.valid, mask, at),
+        length=cache.length + mask.shape[1],
+    )
+    return opened, positions
+
+
+def cast(module: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
+    """The same module with every weight in `dtype`."""
+    return jax.tree.map(lambda w: w.astype(dtype), module)

@@ -1,0 +1,405 @@
+"""Weights by their names elsewhere: the base LM's in Hugging Face directories, both ways, and in llama2.c's; the
+hypernetwork's in the AxBench release, both ways.
+
+One table per layout names every tensor of the file, its place in `LM`, and how its axes lie in each:
+
+    "self_attn.o_proj.weight": ("attention.o", "D NH -> N H D")
+
+reads "the file has [D, N*H], the model has [N, H, D]". Loading follows the table to the right, saving to the left.
+
+Letters: V vocabulary, D width, O the head's output width (= D), N query heads, K key/value heads, H head width, F MLP
+width; P pairs and R real and imaginary parts of a rotated head, H = 2P.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from hypersteer_jax.config import HypernetConfig, LMConfig
+from hypersteer_jax.models.hypernet import Hypernet
+from hypersteer_jax.models.lm import LM
+from hypersteer_jax.models.presets import from_hugging_face, from_llama2c, to_hugging_face
+from hypersteer_jax.sharding import shard_weights
+
+MAX_SHARD = 4_000_000_000  # bytes of one safetensors file
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+Layout = dict[str, tuple[str, str]]  # name in the file -> path in `LM`, axes there and here
+
+NORMS: dict[bool, Layout] = {  # by `sandwich_norms`: the same name stands for different norms
+    False: {
+        "input_layernorm.weight": ("pre_attention", "D -> D"),
+        "post_attention_layernorm.weight": ("pre_mlp", "D -> D"),
+    },
+    True: {
+        "input_layernorm.weight": ("pre_attention", "D -> D"),
+        "post_attention_layernorm.weight": ("post_attention", "D -> D"),
+        "pre_feedforward_layernorm.weight": ("pre_mlp", "D -> D"),
+        "post_feedforward_layernorm.weight": ("post_mlp", "D -> D"),
+    },
+}
+HUGGING_FACE_BLOCK: Layout = {
+    "self_attn.q_proj.weight": ("attention.q", "NH D -> D N H"),
+    "self_attn.k_proj.weight": ("attention.k", "KH D -> D K H"),
+    "self_attn.v_proj.weight": ("attention.v", "KH D -> D K H"),
+    "self_attn.o_proj.weight": ("attention.o", "D NH -> N H D"),
+    "self_attn.q_proj.bias": ("attention.q_bias", "NH -> N H"),
+    "self_attn.k_proj.bias": ("attention.k_bias", "KH -> K H"),
+    "self_attn.v_proj.bias": ("attention.v_bias", "KH -> K H"),
+    "self_attn.q_norm.weight": ("attention.q_norm", "H -> H"),
+    "self_attn.k_norm.weight": ("attention.k_norm", "H -> H"),
+    "mlp.gate_proj.weight": ("mlp.gate", "F D -> D F"),
+    "mlp.up_proj.weight": ("mlp.up", "F D -> D F"),
+    "mlp.down_proj.weight": ("mlp.down", "D F -> F D"),
+}
+HUGGING_FACE: Layout = {
+    "model.embed_tokens.weight": ("embedding", "V D -> V D"),
+    "model.norm.weight": ("final_norm", "D -> D"),
+    "lm_head.weight": ("head", "V D -> D V"),
+}
+LLAMA2C_BLOCK: Layout = {
+    "wq": ("attention.q", "NPR D -> D N RP"),  # rotates neighbouring channels; `rope` rotates halves
+    "wk": ("attention.k", "KPR D -> D K RP"),
+    "wv": ("attention.v", "KH D -> D K H"),
+    "wo": ("attention.o", "D NH -> N H D"),
+    "w1": ("mlp.gate", "F D -> D F"),
+    "w2": ("mlp.down", "D F -> F D"),
+    "w3": ("mlp.up", "F D -> D F"),
+    "attention_norm": ("pre_attention", "D -> D"),
+    "ffn_norm": ("pre_mlp", "D -> D"),
+}
+LLAMA2C: Layout = {
+    "tok_embeddings": ("embedding", "V D -> V D"),
+    "norm": ("final_norm", "D -> D"),
+    "output": ("head", "V D -> D V"),
+}
+RELEASE_BLOCK: Layout = {
+    "cross_attention.q_proj.weight": ("cross.q", "NH D -> D N H"),
+    "cross_attention.k_proj.weight": ("cross.k", "KH D -> D K H"),
+    "cross_attention.v_proj.weight": ("cross.v", "KH D -> D K H"),
+    "cross_attention.o_proj.weight": ("cross.o", "D NH -> N H D"),
+    "pre_cross_attention_layernorm.weight": ("pre_cross", "D -> D"),
+    "post_cross_attention_layernorm.weight": ("post_cross", "D -> D"),
+}
+RELEASE: Layout = {  # AxBench at dc57b9b, `modeling_hypernet.py`
+    "embed_tokens.weight": ("embedding", "V D -> V D"),
+    "norm.weight": ("final_norm", "D -> D"),
+    "regression_head.weight": ("head", "O D -> D O"),
+    "regression_head.bias": ("head_bias", "O -> O"),
+}
+
+
+class WeightsError(ValueError):
+    """Weights are missing, damaged or do not fit; the message names the file, everything wrong in it, and the fix."""
+
+
+class Slot(NamedTuple):
+    """Where one tensor of a file belongs."""
+
+    path: str  # in `LM`
+    block: int | None  # its number, where the model stacks the blocks
+    there: str  # axes in the file
+    here: str  # axes in `LM`, the stack left out
+
+    def of(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """This tensor's part of the arrays of an `LM`, a view."""
+        return arrays[self.path] if self.block is None else arrays[self.path][self.block]
+
+
+class Stored(NamedTuple):
+    """A tensor that has not been read yet."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def load_lm(path: Path, dtype: jnp.dtype, mesh: Mesh | None = None) -> LM:
+    """Reads a base LM from a directory as Hugging Face or llama2.c write it.
+
+    On the host there is one copy of the weights, in `dtype`, and of one tensor more as the file has it.
+
+    Args:
+        path: a directory with config.json and model.safetensors, its shards and their index, or (llama2.c) one .npz.
+        dtype: of the weights, whatever the file has.
+        mesh: places each array by `sharding.weight_spec`; without it everything goes to the default device.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or tensors are missing, extra or misshapen: all of them are listed.
+        ConfigError: config.json describes a model that is not supported.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise WeightsError(f"{path} is not a directory; give one that holds config.json and {SINGLE}")
+    values = _read_json(path / "config.json")
+    if "dim" in values:
+        config = from_llama2c(values)
+        return _assemble(_lm(config), _whole(LLAMA2C, "layers", LLAMA2C_BLOCK), _npz(path), dtype, str(path), mesh)
+    config = from_hugging_face(values)
+    return _assemble(_lm(config), _hugging_face(config), _safetensors(path), dtype, str(path), mesh)
+
+
+def lm_from_tensors(config: LMConfig, tensors: Mapping[str, np.ndarray], dtype: jnp.dtype) -> LM:
+    """Builds a base LM from tensors by their Hugging Face names, as `lm_tensors` gives them.
+
+    Raises:
+        WeightsError: tensors are missing, extra or misshapen: all of them are listed.
+    """
+    found = {name: _in_memory(tensor) for name, tensor in tensors.items()}
+    return _assemble(_lm(config), _hugging_face(config), found, dtype, "tensors", None)
+
+
+def lm_tensors(lm: LM) -> dict[str, np.ndarray]:
+    """All weights by their Hugging Face names and as its files have them: views, so make them contiguous to write them."""
+    return _tensors(lm, lm.config, lm.config.layers, _hugging_face(lm.config))
+
+
+def hypernet_from_tensors(config: HypernetConfig, lm: LMConfig, tensors: Mapping[str, np.ndarray]) -> Hypernet:
+    """Builds a float32 hypernetwork from tensors by their names in the AxBench release.
+
+    Raises:
+        WeightsError: tensors are missing, extra or misshapen: all of them are listed.
+    """
+    found = {name: _in_memory(tensor) for name, tensor in tensors.items()}
+    skeleton = Skeleton(lambda: Hypernet(config, lm, nnx.Rngs(0)), lm, config.blocks)
+    return _assemble(skeleton, _release(lm), found, jnp.float32, "tensors", None)
+
+
+def hypernet_tensors(hypernet: Hypernet) -> dict[str, np.ndarray]:
+    """All weights (or gradients) by their names in the AxBench release (views where possible)."""
+    return _tensors(hypernet, hypernet.lm_config, hypernet.config.blocks, _release(hypernet.lm_config))
+
+
+def save_lm(lm: LM, path: Path, max_shard: int = MAX_SHARD) -> None:
+    """Writes a directory that `load_lm` and transformers read, in the dtype of the weights.
+
+    Weights of an earlier save in the same directory are replaced. config.json is written last: a directory without it
+    is an interrupted save.
+
+    Args:
+        lm: its weights must be addressable from this process.
+        path: made if missing.
+        max_shard: bytes of weights in one file; above it there are several and an index.
+
+    Raises:
+        ConfigError: the family's Hugging Face code cannot express a setting of `lm`; nothing is written.
+    """
+    values = to_hugging_face(lm.config)
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    for old in (path / "config.json", *path.glob("model*.safetensors"), path / INDEX):
+        old.unlink(missing_ok=True)
+    tensors = lm_tensors(lm)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    several = len(shards) > 1
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" if several else SINGLE for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        whole = {name: np.ascontiguousarray(tensors[name]) for name in names}  # views would be written as they lie
+        save_file(whole, path / file, metadata={"format": "pt"})
+    if several:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    _write_json(path / "config.json", values | {"torch_dtype": str(tensors["model.norm.weight"].dtype)})
+
+
+def resolve(name: str) -> Path:
+    """The directory of a base LM that is named by a directory, or by a Hugging Face hub id (then it is downloaded).
+
+    Raises:
+        WeightsError: it is neither, or the hub cannot be reached and has not been before.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{name!r} is not a directory, and as a hub id it could not be had: {error}\n"
+            "Give a directory with weights, or a hub id that exists; for a gated model accept its licence on the hub "
+            "and run `hf auth login`; without a network, download it elsewhere and give the directory."
+        ) from error
+
+
+class Skeleton(NamedTuple):
+    """A module that is to be filled with weights."""
+
+    make: Callable[[], Any]
+    config: LMConfig
+    blocks: int
+
+
+def _lm(config: LMConfig) -> Skeleton:
+    return Skeleton(lambda: LM(config, nnx.Rngs(0)), config, config.layers)
+
+
+def _assemble(
+    module: Skeleton, layout: Layout, found: dict[str, Stored], dtype: jnp.dtype, where: str, mesh: Mesh | None
+) -> Any:
+    """The module made of `found`. Every shape is checked before the first tensor is read."""
+    config = module.config
+    skeleton, structure = _leaves(jax.eval_shape(module.make))  # shapes only, nothing is drawn
+    slots = _slots(module.blocks, layout, set(skeleton))
+    sizes = _sizes(config)
+    redundant = {name for name, (path, _) in layout.items() if path == "head"}  # the embedding again, if tied
+    problems = []
+    for name, slot in slots.items():
+        expected = _shape(slot.there, sizes)
+        if name not in found:
+            problems.append(f"missing    {name}: expected {expected}")
+        elif found[name].shape != expected:
+            problems.append(f"misshapen  {name}: expected {expected}, found {found[name].shape}")
+    for name in found.keys() - slots.keys() - redundant:
+        problems.append(f"extra      {name}: {found[name].shape}")
+    if problems:
+        raise WeightsError(
+            f"{where}: {len(problems)} tensors do not fit a {config.family} model of {module.blocks} blocks; "
+            "use the config.json that belongs to these weights\n  " + "\n  ".join(sorted(problems))
+        )
+    arrays = {path: np.empty(leaf.shape, jnp.dtype(dtype)) for path, leaf in skeleton.items()}
+    for name, stored in found.items():
+        if name in slots:
+            slot = slots[name]
+            slot.of(arrays)[...] = _rearrange(stored.read(), slot.there, slot.here, sizes)
+    place = jnp.asarray if mesh is None else partial(shard_weights, mesh=mesh)
+    return jax.tree.unflatten(structure, [place(arrays.pop(path)) for path in skeleton])
+
+
+def _tensors(module: nnx.Module, config: LMConfig, blocks: int, layout: Layout) -> dict[str, np.ndarray]:
+    arrays = {path: np.asarray(leaf) for path, leaf in _leaves(module)[0].items()}
+    slots, sizes = _slots(blocks, layout, set(arrays)), _sizes(config)
+    return {name: _rearrange(slot.of(arrays), slot.here, slot.there, sizes) for name, slot in slots.items()}
+
+
+def _leaves(lm: nnx.Module) -> tuple[dict[str, Any], Any]:
+    """Weights by their path, such as "blocks.attention.q", in the order of the tree, and the tree's structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(lm)
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path).removesuffix(".value"): leaf for path, leaf in leaves}, structure
+
+
+def _slots(blocks: int, layout: Layout, paths: set[str]) -> dict[str, Slot]:
+    """Every tensor of a file of this model; rows of the table whose weight the model does not have fall away."""
+    slots = {}
+    for index in (None, *range(blocks)):
+        for name, (path, axes) in layout.items():
+            if path in paths and path.startswith("blocks.") == (index is not None):
+                slots[name.format(index)] = Slot(path, index, *axes.split(" -> "))
+    return slots
+
+
+def _whole(outer: Layout, prefix: str, block: Layout) -> Layout:
+    """One table of a whole model; the number of a block is left open in its names."""
+    return outer | {f"{prefix}.{{}}.{name}": (f"blocks.{path}", axes) for name, (path, axes) in block.items()}
+
+
+def _hugging_face(config: LMConfig) -> Layout:
+    return _whole(HUGGING_FACE, "model.layers", NORMS[config.sandwich_norms] | HUGGING_FACE_BLOCK)
+
+
+def _release(config: LMConfig) -> Layout:
+    return _whole(RELEASE, "layers", NORMS[config.sandwich_norms] | HUGGING_FACE_BLOCK | RELEASE_BLOCK)
+
+
+def _sizes(config: LMConfig) -> dict[str, int]:
+    """Length of each axis letter."""
+    return {
+        "V": config.vocab,
+        "D": config.width,
+        "O": config.width,
+        "N": config.heads,
+        "K": config.kv_heads,
+        "H": config.head_dim,
+        "P": config.head_dim // 2,
+        "R": 2,
+        "F": config.mlp_width,
+    }
+
+
+def _rearrange(array: np.ndarray, before: str, after: str, sizes: dict[str, int]) -> np.ndarray:
+    """Splits, permutes and merges axes: from "NH D" to "D N H" makes `[N*H, D]` into `[D, N, H]`."""
+    letters = before.replace(" ", "")
+    split = array.reshape([sizes[letter] for letter in letters])
+    permuted = split.transpose([letters.index(letter) for letter in after.replace(" ", "")])
+    return permuted.reshape(_shape(after, sizes))
+
+
+def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(math.prod(sizes[letter] for letter in axis) for axis in axes.split())
+
+
+def _safetensors(path: Path) -> dict[str, Stored]:
+    """Names and shapes of all tensors in a directory; the files stay mapped until the result is dropped."""
+    if (path / SINGLE).exists():
+        files = [SINGLE]
+    elif (path / INDEX).exists():
+        files = sorted(set(_read_json(path / INDEX).get("weight_map", {}).values()))
+    else:
+        raise WeightsError(
+            f"{path} has neither {SINGLE} nor {INDEX}; other formats are converted by transformers: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    found = {}
+    for file in files:
+        try:
+            handle = safe_open(path / file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{path / file} cannot be read: {error}; it is missing, empty or cut short, copy it again"
+            ) from error
+        for name in sorted(handle.keys()):
+            shape = tuple(handle.get_slice(name).get_shape())
+            found[name] = Stored(shape, partial(handle.get_tensor, name))
+    return found
+
+
+def _npz(path: Path) -> dict[str, Stored]:
+    """Tensors of the one .npz file of a llama2.c directory (such models are small)."""
+    files = sorted(path.glob("*.npz"))
+    if len(files) != 1:
+        raise WeightsError(f"{path} has {len(files)} .npz files; a llama2.c directory has one")
+    try:
+        with files[0].open("rb") as file, np.load(file) as archive:
+            return {name: _in_memory(archive[name]) for name in archive.files}
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise WeightsError(f"{files[0]} cannot be read: {error}; it is empty or cut short, copy it again") from error
+
+
+def _in_memory(tensor: np.ndarray) -> Stored:
+    return Stored(tensor.shape, lambda: tensor)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read: {error}; give a directory that Hugging Face or llama2.c wrote"
+        ) from error
+    except ValueError as error:
+        raise WeightsError(f"{path} is not JSON: {error}; copy it again") from error
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,68 @@
+"""The mesh and the named specs: the only place that knows axis names.
+
+Axes are Explicit, so an array's type carries its sharding and Adam's moments inherit the parameters'. Batches are split
+over `data` and `fsdp`; weights are stored split over `fsdp` and gathered just before use (`gather`), one block at a
+time inside the scan over blocks.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+T = TypeVar("T")
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))  # the leading axis of every array of a SteeringBatch
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
+    """A mesh with Explicit axes.
+
+    Raises:
+        ValueError: there are fewer devices than data * fsdp * tensor.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    size = data * fsdp * tensor
+    if size > len(devices):
+        raise ValueError(f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {size} devices, {len(devices)} found")
+    kinds = (jax.sharding.AxisType.Explicit,) * 3
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds, devices=devices[:size])
+
+
+def mesh_is_set() -> bool:
+    """Whether code runs under `jax.set_mesh`; models also work without any mesh."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def weight_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Spec of a stored weight: its largest axis that `fsdp` divides is split, everything else whole."""
+    ways = mesh.shape["fsdp"]
+    axes = [axis for axis in range(len(shape)) if shape[axis] % ways == 0 and shape[axis] > 1]
+    if ways == 1 or not axes:
+        return P()
+    split = max(axes, key=lambda axis: shape[axis])
+    return P(*("fsdp" if axis == split else None for axis in range(len(shape))))
+
+
+def shard_weights(tree: T, mesh: Mesh) -> T:
+    """Places every array of a module or optimizer state by `weight_spec`."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, weight_spec(x.shape, mesh))), tree)
+
+
+def shard_batch(batch: T, mesh: Mesh) -> T:
+    """Places every array of a host batch with its leading axis over `data` and `fsdp`."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch)
+
+
+def gather(weights: T) -> T:
+    """Whole weights from stored ones, for the computation that follows. The gradient is scattered back by itself."""
+    if not mesh_is_set():
+        return weights
+    return jax.tree.map(lambda w: jax.sharding.reshard(w, P()), weights)
+
+
+def batch_spec() -> P | None:
+    """Output spec for gathers whose result has a leading batch axis; None without a mesh."""
+    return BATCH if mesh_is_set() else None

@@ -1,0 +1,1 @@
+"""Training: loss, step and loop, checkpoints, metrics."""

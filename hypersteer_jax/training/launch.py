@@ -1,0 +1,124 @@
+"""What stands around a training run and its use at a terminal: loading, progress, messages."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.pretty import Pretty
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hypersteer_jax.config import ConfigError, RunConfig, check, to_dict
+from hypersteer_jax.data.sources import load_base, load_data
+from hypersteer_jax.generation import Decoding, Request, Steered, complete
+from hypersteer_jax.sharding import make_mesh
+from hypersteer_jax.training import checkpoint
+from hypersteer_jax.training.train import Report, TrainState, init_state, train
+
+
+def launch(config: RunConfig, resume: bool = False, console: Console | None = None) -> Steered:
+    """Loads everything a config names, trains with a progress bar, and returns the steered model.
+
+    Raises:
+        ConfigError, DataError, WeightsError, CheckpointError: before any training, naming what to change.
+    """
+    console = console or Console()
+    if resume:
+        _check_same(config, checkpoint.read_config(config.out))
+    lm, prompter = load_base(config.lm, config.train.compute_dtype)
+    check(config, lm.config)
+    console.print(Pretty(to_dict(config), expand_all=False), soft_wrap=True, style="dim")
+    if prompter.notice:
+        console.print(prompter.notice)
+    data = load_data(config, prompter, console.print)
+    state = train_with_bar(config, lm, data, resume, console)
+    console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
+    return Steered(lm, prompter, state.hypernet, config)
+
+
+def train_with_bar(config: RunConfig, lm: Any, data: Any, resume: bool, console: Console) -> TrainState:
+    """Trains under a progress bar: loss, response tokens per second, time left, and the evaluation losses as lines."""
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("", total=config.train.steps, loss=float("nan"), speed=0.0)
+
+        def show(report: Report) -> None:
+            bar.update(task, completed=report.step, loss=report.loss, speed=report.tokens_per_second)
+            for name, value in report.evaluation.items():
+                console.print(f"step {report.step}  {name}: loss {value.steered:.3f}, unsteered {value.unsteered:.3f}")
+
+        return train(config, lm, data, resume, show)
+
+
+def _check_same(config: RunConfig, stored: RunConfig) -> None:
+    """Resuming with another config would silently be another run."""
+    ours, theirs = _flat(to_dict(config)), _flat(to_dict(stored))
+    changed = [f"{name} is {ours[name]!r} here and {theirs[name]!r} there" for name in ours if ours[name] != theirs[name]]
+    changed = [line for line in changed if not line.startswith("out ")]
+    if changed:
+        raise ConfigError(f"--resume: {config.out} was started with other settings ({'; '.join(changed)}); give the same")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def load_run(run: Path) -> Steered:
+    """The steered model of a run, at its newest checkpoint.
+
+    Raises:
+        CheckpointError: there is no run or no checkpoint in this folder.
+    """
+    config = checkpoint.read_config(run)
+    lm, prompter = load_base(config.lm, config.train.compute_dtype)
+    mesh = make_mesh()
+    abstract = jax.eval_shape(lambda: init_state(config, lm))
+    with checkpoint.open_checkpoints(run) as checkpoints:
+        state = checkpoint.restore(checkpoints, abstract, mesh)
+    # Off the mesh again: generation runs without one.
+    hypernet = jax.device_put(jax.device_get(state.hypernet))
+    return Steered(lm, prompter, hypernet, dataclasses.replace(config, out=run))
+
+
+def show_steered(
+    run: Path, prompt: str, concept: str, factors: Sequence[float], max_new: int, temperature: float, seed: int
+) -> None:
+    """Prints one text per factor, side by side.
+
+    Raises:
+        ConfigError: nothing to answer or to steer to.
+        CheckpointError: there is no trained run in this folder.
+    """
+    for name, text in (("prompt", prompt), ("concept", concept)):
+        if not text.strip():
+            raise ConfigError(f"--{name} is empty; give some text")
+    console = Console()
+    model = load_run(run)
+    requests = [Request(prompt, concept, factor, seed) for factor in factors]
+    texts = complete(model, requests, Decoding(max_new, temperature, batch=len(requests)))
+    console.print(f"[bold]{prompt}[/]  steered to [bold]{concept}[/]")
+    width = max(28, console.width // len(factors) - 1)
+    console.print(
+        Columns(
+            [
+                Panel(text or "[dim](empty)[/]", title=f"factor {factor:g}" if factor else "factor 0: base LM", width=width)
+                for factor, text in zip(factors, texts, strict=True)
+            ]
+        )
+    )

@@ -1,0 +1,201 @@
+"""Training: the state, one pure step, and the loop around it."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jaxtyping import Int
+
+from hypersteer_jax.config import RunConfig, TrainConfig
+from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.data.sources import TrainData
+from hypersteer_jax.models.hypernet import Hypernet, init_hypernet
+from hypersteer_jax.models.lm import LM
+from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights
+from hypersteer_jax.steering import steered_logits
+from hypersteer_jax.training import checkpoint
+from hypersteer_jax.training.loss import response_loss
+from hypersteer_jax.training.metrics import MetricsLog
+
+Metrics = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes. The base LM is not part of it."""
+
+    step: Int[Array, ""]
+    hypernet: Hypernet
+    opt_state: optax.OptState
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up, then the schedule, which reaches zero at `steps`."""
+    peak, decay = config.learning_rate, config.steps - config.warmup
+    schedules = {
+        "linear": optax.linear_schedule(peak, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(peak, decay),
+        "constant": optax.constant_schedule(peak),
+    }
+    warmup = optax.linear_schedule(0.0, peak, config.warmup)
+    return optax.join_schedules([warmup, schedules[config.schedule]], [config.warmup])
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW behind a global clip: betas .9 and .999, eps 1e-8 (the release's, which are PyTorch's defaults)."""
+    adamw = optax.adamw(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+
+
+def init_state(config: RunConfig, lm: LM) -> TrainState:
+    """The state before the first step, float32."""
+    hypernet = init_hypernet(config.hypernet, lm, nnx.Rngs(config.train.seed))
+    return TrainState(jnp.zeros((), jnp.int32), hypernet, make_optimizer(config.train).init(hypernet))
+
+
+def batch_loss(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[Array, Array]:
+    """Loss of the steered base LM on the responses in nats, and how many tokens it is over."""
+    logits = steered_logits(hypernet, lm, batch, config.steering, config.train.remat)
+    return response_loss(logits, batch.response_tokens, batch.response_mask, config.train.loss)
+
+
+def train_step(state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[TrainState, Metrics]:
+    """One update. Pure: the random factor, if any, depends on seed and step only."""
+    if config.train.factor_range is not None:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        low, high = config.train.factor_range
+        sampled = jax.random.uniform(key, batch.factor.shape, minval=low, maxval=high)
+        batch = batch._replace(factor=batch.factor * sampled)
+    (loss, tokens), grads = jax.value_and_grad(batch_loss, has_aux=True)(state.hypernet, lm, batch, config)
+    updates, opt_state = make_optimizer(config.train).update(grads, state.opt_state, state.hypernet)
+    hypernet = optax.apply_updates(state.hypernet, updates)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": jnp.asarray(learning_rate(config.train)(state.step)),
+        "tokens": tokens,
+    }
+    return TrainState(state.step + 1, hypernet, opt_state), metrics
+
+
+class EvalLoss(NamedTuple):
+    """Loss on one set of rows, in nats per response token, with and without steering."""
+
+    steered: float
+    unsteered: float
+
+
+def evaluate_loss(
+    loss: Callable[[Hypernet, LM, SteeringBatch], tuple[Array, Array]],
+    hypernet: Hypernet,
+    lm: LM,
+    batches: list[SteeringBatch],
+) -> EvalLoss:
+    """Token-weighted mean over batches, at each row's factor and at factor 0."""
+    sums, count = np.zeros(2), 0
+    for batch in batches:
+        steered, tokens = loss(hypernet, lm, batch)
+        unsteered, _ = loss(hypernet, lm, batch._replace(factor=batch.factor * 0))
+        sums += np.array([float(steered), float(unsteered)]) * int(tokens)
+        count += int(tokens)
+    return EvalLoss(*(sums / max(count, 1)).tolist())
+
+
+class Report(NamedTuple):
+    """What the loop reports. All numbers are the previous step's, so that reporting never waits for the device."""
+
+    step: int  # steps whose values are known
+    loss: float  # nats per response token
+    tokens_per_second: float  # response tokens
+    evaluation: dict[str, EvalLoss]  # by name; empty but for steps that evaluated
+
+
+def train(
+    config: RunConfig, lm: LM, data: TrainData, resume: bool = False, report: Callable[[Report], None] | None = None
+) -> TrainState:
+    """Trains to `config.train.steps`, with metrics, evaluation and checkpoints in `config.out`.
+
+    Args:
+        config: the run; already checked.
+        lm: base LM in its own dtype; the computation's dtype follows it.
+        data: from `load_data`.
+        resume: continue from the newest checkpoint in `config.out`.
+        report: called after every step.
+
+    Raises:
+        CheckpointError: `config.out` cannot be written, already holds another run, or has nothing to resume.
+        FloatingPointError: the loss is not finite; the batch is in `config.out`, and so is the last good checkpoint.
+    """
+    settings, out = config.train, config.out
+    if not resume and (out / "checkpoints").exists():
+        raise checkpoint.CheckpointError(f"out is {out}, which holds a run; continue it with --resume or give another folder")
+    checkpoint.write_config(out, config)
+    mesh = make_mesh()
+    with jax.set_mesh(mesh), checkpoint.open_checkpoints(out) as checkpoints:
+        lm = shard_weights(lm, mesh)
+        init = partial(init_state, config)
+        if resume:
+            state = checkpoint.restore(checkpoints, jax.eval_shape(init, lm), mesh, data.batches)
+        else:
+            state = shard_weights(jax.jit(init)(lm), mesh)  # jit gives every leaf a buffer of its own, to be donated
+        step_fn = jax.jit(partial(train_step, config=config), donate_argnums=0)
+        loss_fn = jax.jit(partial(batch_loss, config=config))
+        evaluation = {name: [shard_batch(b, mesh) for b in rows] for name, rows in data.evaluation.items()}
+        start = int(state.step)
+        log = MetricsLog(out / "metrics.jsonl", start)
+        clock = time.perf_counter()
+
+        def settle(index: int, metrics: Metrics, batch: SteeringBatch) -> None:
+            """Waits for a dispatched step's values, then checks, logs and reports them."""
+            nonlocal clock
+            row = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            now = time.perf_counter()
+            seconds, clock = now - clock, now
+            if not np.isfinite([row["loss"], row["grad_norm"]]).all():
+                raise _not_finite(out, index, row, batch)
+            log.write(index, row | {"seconds": round(seconds, 4)})
+            if report is not None:
+                report(Report(index + 1, row["loss"], row["tokens"] / seconds, {}))
+
+        def due(every: int, done: int) -> bool:
+            return done == settings.steps or (every > 0 and done % every == 0)
+
+        pending: tuple[int, Metrics, SteeringBatch] | None = None
+        for index in range(start, settings.steps):
+            batch, done = next(data.batches), index + 1
+            state, metrics = step_fn(state, lm, shard_batch(batch, mesh))
+            if pending is not None:
+                settle(*pending)
+            pending = (index, metrics, batch)
+            if not (due(settings.eval_every, done) or due(settings.save_every, done)):
+                continue
+            settle(*pending)  # a state that is not finite must not be saved
+            pending = None
+            if due(settings.save_every, done):
+                checkpoint.save(checkpoints, done, state, data.batches)
+            if due(settings.eval_every, done):
+                losses = {name: evaluate_loss(loss_fn, state.hypernet, lm, rows) for name, rows in evaluation.items()}
+                log.write(index, {"evaluation": {name: loss._asdict() for name, loss in losses.items()}})
+                if report is not None:
+                    report(Report(done, metrics["loss"].item(), 0.0, losses))
+            clock = time.perf_counter()
+        log.close()
+    return state
+
+
+def _not_finite(out: Path, step: int, row: Metrics, batch: SteeringBatch) -> FloatingPointError:
+    """Saves the batch and says where everything is."""
+    path = out / f"not_finite_step{step}.npz"
+    np.savez(path, **batch._asdict())
+    return FloatingPointError(
+        f"step {step} has loss {row['loss']} and gradient norm {row['grad_norm']}; its batch is saved in {path}. The "
+        "last checkpoint is intact: start again from it with a lower train.learning_rate, or with "
+        "train.compute_dtype float32"
+    )
