@@ -36,8 +36,8 @@ AXBENCH = [
 ]
 
 TORCH = [
-    # The reference of the parity tests, so one exact version. Unpinned, it is an upgrade nobody looked at, and on Linux
-    # gigabytes of CUDA: take the CPU build, https://download.pytorch.org/whl/cpu
+    # The reference of the parity tests, so one exact version: unpinned, it is an upgrade nobody looked at, and on Linux
+    # gigabytes of CUDA. The CPU build is enough.
     "torch==2.13.0",
 ]
 

@@ -109,8 +109,11 @@ def render(prompt: str | None, text: str) -> str:
 
 
 def batches(tokenizer, documents, rows: int):
-    """(tokens, index, targets), one document per row: `int32[rows, LENGTH]`, right-padded with 0, and the columns
-    `int32[rows, SCORED]` whose logits predict the targets, of which 0 is padding. Of chats only answers are scored."""
+    """Endless (tokens, index, targets), one document per row; of chats only answers are scored.
+
+    Tokens are `int32[rows, LENGTH]`, right-padded with 0. Index and targets are `int32[rows, SCORED]`: the columns
+    whose logits predict the targets, of which 0 is padding.
+    """
     while True:
         texts = [render(*next(documents)) for _ in range(rows)]
         tokens = np.zeros((rows, LENGTH), np.int32)
@@ -172,7 +175,7 @@ def main() -> None:
         if index % 50 == 0 or index == args.steps - 1:
             log.append({"step": index, "loss": round(float(value), 4), "seconds": round(time.time() - start, 1)})
             print(log[-1], flush=True)
-            if index % 500 == 0:
+            if index % 500 == 499:
                 save_lm(cast(lm, jnp.bfloat16), args.out)
     lm = cast(lm, jnp.bfloat16)
     held_out = list(itertools.islice(batches(tokenizer, corpus(args.seed + 2), 64), 8))

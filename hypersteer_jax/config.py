@@ -97,7 +97,7 @@ class TrainConfig:
     """Optimisation. Defaults: AxBench release at dc57b9b, with float32 state (facts, table 7)."""
 
     steps: int = 1000
-    batch: int = 12
+    batch: int = 12  # rows per step, over all devices
     learning_rate: float = 8e-5  # 2B; 5e-6 for 9B
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # to zero over `steps`
     warmup: int = 0  # steps
@@ -241,7 +241,7 @@ RECIPES: dict[str, tuple[str, RunConfig]] = {
             out=Path("runs/tinyworld"),
             hypernet=HypernetConfig(blocks=3),
             steering=SteeringConfig(layers=(2,)),
-            data=DataConfig(append_end=True),
+            data=DataConfig(append_end=True, buckets=2),
             train=TrainConfig(steps=600, batch=48, learning_rate=1e-3, compute_dtype="float32"),
         ),
     ),

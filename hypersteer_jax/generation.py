@@ -1,7 +1,7 @@
 """Generation: prefill and cached decoding of the steered base LM, under one jit.
 
-A batch mixes concepts and factors freely: each row has its own vector and factor, and factor 0 is the base LM. The vector
-of a row is computed once, from its steering prompt and base prompt, and serves every generated token (release).
+A batch mixes concepts and factors freely: each row has its own vector and factor, and factor 0 is the base LM. The
+vector of a row is computed once, from its steering prompt and base prompt, and serves every generated token (release).
 
 Letters: B batch, T prompt length, P steering-prompt length, D width, N new tokens, V vocabulary.
 """

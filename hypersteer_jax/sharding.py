@@ -26,7 +26,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[Any] 
     devices = list(jax.devices() if devices is None else devices)
     size = data * fsdp * tensor
     if size > len(devices):
-        raise ValueError(f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {size} devices, {len(devices)} found")
+        raise ValueError(
+            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {size} devices, {len(devices)} found"
+        )
     kinds = (jax.sharding.AxisType.Explicit,) * 3
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds, devices=devices[:size])
 

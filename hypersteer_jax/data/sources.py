@@ -75,7 +75,7 @@ def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None])
     concepts = len({example.concept for example in rows["train"]})
     shapes = ", ".join(str(bucket.tokens) for bucket in buckets)
     say(f"{len(encoded['train'])} rows of {concepts} concepts; lengths {shapes}: {share:.1%} of tokens are real")
-    evaluation = {
+    evaluation: dict[str, list[SteeringBatch]] = {
         name: evaluation_batches(encoded[name], train.batch, train.eval_batches)
         for name in ("held-in", "held-out")
         if name in encoded

@@ -1,15 +1,15 @@
 """Agreement with the PyTorch release, measured on recorded cases (`hypersteer check-golden DIR`).
 
 A case is a directory with golden.json (shapes, lengths, optimizer, losses) and golden.safetensors (weights, inputs,
-outputs, gradients), recorded from AxBench at dc57b9b in float32 on a tiny model whose weights are all random. Everything
-is compared in float32 at the highest matmul precision, in the release's own padded positions but for one row: the
-vectors of the padded batch with true positions must be those that the release gives to unpadded prompts.
+outputs, gradients), recorded from AxBench at dc57b9b in float32 on a tiny model whose weights are all random.
+Everything is compared in float32 at the highest matmul precision, in the release's own padded positions but for
+one row: the vectors of the padded batch with true positions must be those that the release gives to unpadded prompts.
 """
 
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class Golden(NamedTuple):
         """Tensors below a prefix, without it."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
-    def hypernet(self, positions: str = "padded") -> Hypernet:
+    def hypernet(self, positions: Literal["true", "padded"] = "padded") -> Hypernet:
         """The hypernetwork before training."""
         config = HypernetConfig(blocks=self.config.hypernet.blocks, positions=positions)
         return hypernet_from_tensors(config, self.lm.config, self.part("hypernet.init."))
@@ -95,7 +95,9 @@ def load_golden(directory: Path) -> Golden:
         )
         return Golden(meta, tensors, lm, _batch(tensors), config)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise GoldenError(f"{directory}: not a golden case ({error}); give a directory with golden.json and .safetensors") from error
+        raise GoldenError(
+            f"{directory}: not a golden case ({error}); give a directory with golden.json and .safetensors"
+        ) from error
     except KeyError as error:
         raise GoldenError(f"{directory}: the golden case lacks {error}; record it again") from error
 
@@ -122,9 +124,9 @@ def _batch(tensors: dict[str, np.ndarray]) -> SteeringBatch:
 def compare(golden: Golden) -> list[Row]:
     """All comparisons of a case.
 
-    Allowed are relative L2 errors of 1e-5 for vectors and logits, 1e-4 for gradients, 5e-5 for weights after a step, and
-    2e-5 for the losses and gradient norms of the whole run. The case's own rounding is far below: moving every weight by
-    one part in 10^7 moves losses by 1e-7, gradients by 2e-6 and stepped weights by 3e-6.
+    Allowed are relative L2 errors of 1e-5 for vectors and logits, 1e-4 for gradients, 5e-5 for weights after a step,
+    and 2e-5 for the losses and gradient norms of the whole run. The case's own rounding is far below: moving every
+    weight by one part in 10^7 moves losses by 1e-7, gradients by 2e-6 and stepped weights by 3e-6.
     """
     with jax.default_matmul_precision("highest"):
         return [*_forward(golden), *_training(golden)]
@@ -135,7 +137,7 @@ def _forward(golden: Golden) -> list[Row]:
     context = jax.jit(partial(read_context, config=steering))(lm, batch.tokens, batch.mask)
     logits = jax.jit(partial(steered_logits, config=steering))
 
-    def vectors(positions: str) -> jax.Array:
+    def vectors(positions: Literal["true", "padded"]) -> jax.Array:
         hypernet = golden.hypernet(positions)
         return jax.jit(Hypernet.__call__)(
             hypernet, batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...]
@@ -146,12 +148,18 @@ def _forward(golden: Golden) -> list[Row]:
 
     ones = batch.factor
     outputs = {
-        "context at prompt positions": (np.asarray(context)[batch.context_mask], recorded["out.context"][batch.context_mask]),
+        "context at prompt positions": (
+            np.asarray(context)[batch.context_mask],
+            recorded["out.context"][batch.context_mask],
+        ),
         "vector, padded positions": (vectors("padded"), recorded["out.vector"]),
         "vector, true positions": (vectors("true"), recorded["out.vector_unpadded"]),
         "base logits (factor 0)": (at_factor(0 * ones), recorded["out.base_logits"][batch.mask]),
         "steered logits (factor 1)": (at_factor(ones), recorded["out.steered_logits"][batch.mask]),
-        "steered logits (own factors)": (at_factor(recorded["in.factor"]), recorded["out.steered_logits_factor"][batch.mask]),
+        "steered logits (own factors)": (
+            at_factor(recorded["in.factor"]),
+            recorded["out.steered_logits_factor"][batch.mask],
+        ),
     }
     return [Row(name, relative_error(ours, theirs), FORWARD, 1) for name, (ours, theirs) in outputs.items()]
 
@@ -175,8 +183,13 @@ def _training(golden: Golden) -> list[Row]:
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
         if index == 0:
-            rows.append(_worst("weights after one step", hypernet_tensors(state.hypernet), golden.part("hypernet.step1."), STEP))
-    for name, values, key in (("losses of the run", losses, "losses"), ("gradient norms of the run", norms, "grad_norms")):
+            rows.append(
+                _worst("weights after one step", hypernet_tensors(state.hypernet), golden.part("hypernet.step1."), STEP)
+            )
+    for name, values, key in (
+        ("losses of the run", losses, "losses"),
+        ("gradient norms of the run", norms, "grad_norms"),
+    ):
         theirs = np.array(golden.meta[key])
         rows.append(Row(name, float(np.max(np.abs(np.array(values) - theirs) / theirs)), RUN, len(theirs)))
     return rows
@@ -191,7 +204,8 @@ def _worst(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
 def relative_error(ours: Any, theirs: np.ndarray) -> float:
     """L2 norm of the difference over that of the record, in float64."""
     theirs = np.asarray(theirs, np.float64)
-    return float(np.linalg.norm(np.asarray(ours, np.float64) - theirs) / max(np.linalg.norm(theirs), 1e-30))
+    size = float(np.linalg.norm(theirs))
+    return float(np.linalg.norm(np.asarray(ours, np.float64) - theirs)) / max(size, 1e-30)
 
 
 def print_comparison(directory: Path) -> bool:

@@ -69,9 +69,9 @@ def make_trials(per_group: int, instructions: int, seed: int = 0) -> list[Trial]
         "unseen pairs": sample(concepts(world, "pair", "held_out")),
         "unseen phrasings": mixture(),
     }
-    trials = []
+    trials: list[Trial] = []
     for group, members in chosen.items():
-        phrasings = "held_out" if group == "unseen phrasings" else "known"
+        phrasings: Literal["held_out", "known"] = "held_out" if group == "unseen phrasings" else "known"
         for concept in members:
             others = [c for c in members if c.kind == concept.kind and not set(c) & set(concept) - {None}]
             text, wrong = (steering_prompt(c, rng, phrasings) for c in (concept, rng.choice(others)))
@@ -84,7 +84,7 @@ def make_trials(per_group: int, instructions: int, seed: int = 0) -> list[Trial]
 
 
 class Results(NamedTuple):
-    """Texts and ratings of every trial under every condition; conditions are named, factors by "factor 0.5" and so on."""
+    """Texts and ratings of every trial under every condition; a factor's condition is named "factor 0.5" and so on."""
 
     trials: list[Trial]
     texts: dict[str, list[str]]

@@ -28,7 +28,9 @@ COLOURS = {"score": "#222222", "concept": "#0072b2", "instruction": "#d55e00", "
 
 def score_table(summary: dict[Group, dict[str, Score]]) -> Table:
     """Mean score and 95 % interval of each method on each group of concepts."""
-    table = Table(title="Score, 0 to 2: harmonic mean of concept, instruction and fluency (95 % interval over concepts)")
+    table = Table(
+        title="Score, 0 to 2: harmonic mean of concept, instruction and fluency (95 % interval over concepts)"
+    )
     table.add_column("")
     for group, scores in summary.items():
         count = next(iter(scores.values())).concepts

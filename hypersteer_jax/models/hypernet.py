@@ -6,8 +6,8 @@ Each block is a block of the base LM's own shape with a cross-attention sub-bloc
     h = h + norm(cross_attention(norm(h), context))      # `cross_attention` variant only
     h = h + norm(mlp(norm(h)))
 
-The last position is read by one linear layer (HyperSteer, arXiv 2506.03292, eq. 3 and A.3; block order, cross-attention
-without a norm on the context and rotation of queries only as in the AxBench release, `modeling_hypernet.py` at dc57b9b).
+The last position is read by one linear layer (HyperSteer, arXiv 2506.03292, eq. 3 and A.3; the order of sub-blocks, the
+context without a norm and the rotation of queries only are the AxBench release's, `modeling_hypernet.py` at dc57b9b).
 Variants without context are the same network without the cross-attention sub-block; `in_context` differs from
 `no_context` only in the text it reads.
 
@@ -40,7 +40,7 @@ class HyperBlock(Block):
         self.pre_cross = constant(one, config.width) if cross else None
         self.post_cross = constant(one, config.width) if cross and config.sandwich_norms else None
 
-    def __call__(self, x: Array, positions: Array, mask: Array, context: Array | None, seen: Array | None) -> Array:
+    def __call__(self, x: Array, positions: Array, mask: Array, context: Array, seen: Array) -> Array:
         """Residual `[B, P, D]` after the block; `mask [B, P, P]`, `context [B, C, D]`, `seen [B, P, C]`."""
         x = self.self_attention(x, *self.heads(x, positions), mask)
         if self.cross is not None:
@@ -72,11 +72,11 @@ class Hypernet(nnx.Module):
 
     def _silence_cross(self) -> None:
         """Makes every cross-attention sub-block add nothing, while its gradient is not zero."""
-        if self.blocks.post_cross is not None:
-            scale = self.blocks.post_cross
+        scale, cross = self.blocks.post_cross, self.blocks.cross
+        if scale is not None:
             scale[...] = jnp.full_like(scale[...], -self.lm_config.norm_offset)
-        else:
-            self.blocks.cross.o[...] = jnp.zeros_like(self.blocks.cross.o[...])
+        elif cross is not None:
+            cross.o[...] = jnp.zeros_like(cross.o[...])
 
     def __call__(
         self,

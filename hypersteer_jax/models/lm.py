@@ -33,7 +33,7 @@ def normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
 
 def constant(value: float, *shape: int) -> nnx.Param:
     """A weight with one value everywhere, float32."""
-    return nnx.Param(jnp.full(shape, value))
+    return nnx.Param(jnp.full(shape, value, jnp.float32))
 
 
 class KVCache(NamedTuple):
@@ -233,7 +233,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], config: LMConfi
 
 
 def ranks(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """True positions: how many real tokens stand before each token. Padding gets a neighbour's rank; nothing reads it."""
+    """True positions: how many real tokens stand before each. Padding gets a neighbour's rank; nothing reads it."""
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 

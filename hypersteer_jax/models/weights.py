@@ -1,7 +1,7 @@
-"""Weights by their names elsewhere: the base LM's in Hugging Face directories, both ways, and in llama2.c's; the
-hypernetwork's in the AxBench release, both ways.
+"""Weights by their names elsewhere, both ways.
 
-One table per layout names every tensor of the file, its place in `LM`, and how its axes lie in each:
+The base LM's in Hugging Face directories (and llama2.c's, for reading), the hypernetwork's in the AxBench release. One
+table per layout names every tensor of the file, its place in the model, and how its axes lie in each:
 
     "self_attn.o_proj.weight": ("attention.o", "D NH -> N H D")
 
@@ -163,7 +163,7 @@ def lm_from_tensors(config: LMConfig, tensors: Mapping[str, np.ndarray], dtype: 
 
 
 def lm_tensors(lm: LM) -> dict[str, np.ndarray]:
-    """All weights by their Hugging Face names and as its files have them: views, so make them contiguous to write them."""
+    """All weights by their Hugging Face names, as its files have them (views: make them contiguous to write them)."""
     return _tensors(lm, lm.config, lm.config.layers, _hugging_face(lm.config))
 
 
@@ -262,7 +262,7 @@ def _assemble(
     skeleton, structure = _leaves(jax.eval_shape(module.make))  # shapes only, nothing is drawn
     slots = _slots(module.blocks, layout, set(skeleton))
     sizes = _sizes(config)
-    redundant = {name for name, (path, _) in layout.items() if path == "head"}  # the embedding again, if tied
+    redundant = {name for name, (_, axes) in layout.items() if axes == "V D -> D V"}  # a tied LM's: its embedding again
     problems = []
     for name, slot in slots.items():
         expected = _shape(slot.there, sizes)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: train state and place in the data, with Orbax; config and versions beside them.
 
-    RUN/config.json             written before the first step
-    RUN/checkpoints/STEP/       state (hypernetwork, optimizer, step) and data (iterator); never the base LM
+RUN/config.json             written before the first step
+RUN/checkpoints/STEP/       state (hypernetwork, optimizer, step) and data (iterator); never the base LM
 """
 
 import json
@@ -49,7 +49,9 @@ def read_config(run: Path) -> RunConfig:
     """
     path = run / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{run}: no config.json, so no run is stored here; give the `out` folder of a training run")
+        raise CheckpointError(
+            f"{run}: no config.json, so no run is stored here; give the `out` folder of a training run"
+        )
     try:
         return from_dict(RunConfig, json.loads(path.read_text())["config"], str(path))
     except (json.JSONDecodeError, KeyError, TypeError, ConfigError) as error:
@@ -90,4 +92,6 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, mesh: Mesh, d
     try:
         return checkpoints.load_checkpointables(None, wanted)["state"]
     except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{checkpoints.directory}: step {checkpoints.latest.step} cannot be restored: {error}") from error
+        raise CheckpointError(
+            f"{checkpoints.directory}: step {checkpoints.latest.step} cannot be restored: {error}"
+        ) from error

@@ -66,10 +66,14 @@ def train_with_bar(config: RunConfig, lm: Any, data: Any, resume: bool, console:
 def _check_same(config: RunConfig, stored: RunConfig) -> None:
     """Resuming with another config would silently be another run."""
     ours, theirs = _flat(to_dict(config)), _flat(to_dict(stored))
-    changed = [f"{name} is {ours[name]!r} here and {theirs[name]!r} there" for name in ours if ours[name] != theirs[name]]
+    changed = [
+        f"{name} is {ours[name]!r} here and {theirs[name]!r} there" for name in ours if ours[name] != theirs[name]
+    ]
     changed = [line for line in changed if not line.startswith("out ")]
     if changed:
-        raise ConfigError(f"--resume: {config.out} was started with other settings ({'; '.join(changed)}); give the same")
+        raise ConfigError(
+            f"--resume: {config.out} was started with other settings ({'; '.join(changed)}); give the same"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -117,7 +121,11 @@ def show_steered(
     console.print(
         Columns(
             [
-                Panel(text or "[dim](empty)[/]", title=f"factor {factor:g}" if factor else "factor 0: base LM", width=width)
+                Panel(
+                    text or "[dim](empty)[/]",
+                    title=f"factor {factor:g}" if factor else "factor 0: base LM",
+                    width=width,
+                )
                 for factor, text in zip(factors, texts, strict=True)
             ]
         )

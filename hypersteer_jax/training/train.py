@@ -135,7 +135,9 @@ def train(
     """
     settings, out = config.train, config.out
     if not resume and (out / "checkpoints").exists():
-        raise checkpoint.CheckpointError(f"out is {out}, which holds a run; continue it with --resume or give another folder")
+        raise checkpoint.CheckpointError(
+            f"out is {out}, which holds a run; continue it with --resume or give another folder"
+        )
     checkpoint.write_config(out, config)
     mesh = make_mesh()
     with jax.set_mesh(mesh), checkpoint.open_checkpoints(out) as checkpoints:

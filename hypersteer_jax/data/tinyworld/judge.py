@@ -10,8 +10,8 @@ Each rating is 0, 1 or 2, and the score of a text is their harmonic mean, 0 if a
   this subject and this concept in words, so that a fluent text is not blamed for having the concept. Up to `natural` it
   gets 2, up to `broken` 1, above 0. Both bounds were measured on unsteered text (`experiments/tinyworld_pretrain.py`):
   `natural` is a third of the way, `broken` two thirds, from the typical unsteered text to the same texts with
-  their words shuffled. Repetition lowers the rating: by 1 if more than 15 % of the text's word pairs have occurred in it
-  before, by 2 if more than 40 % have. An empty text gets 0.
+  their words shuffled. Repetition lowers the rating: by 1 if more than 15 % of the text's word pairs have occurred in
+  it before, by 2 if more than 40 % have. An empty text gets 0.
 
 Words are compared in lower case and whole: "sails" is not "sail".
 """
@@ -22,6 +22,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from importlib import resources
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -104,7 +105,7 @@ def rate_fluency(nll: float, text: str, bounds: Bounds) -> int:
 def repetition(text: str) -> float:
     """Share of the text's word pairs that have occurred in it before."""
     words = _words(text)
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(pairwise(words))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 

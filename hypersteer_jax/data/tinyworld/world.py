@@ -159,7 +159,9 @@ def split_of(concept: Concept) -> Split:
 
 def is_unseen_pair(concept: Concept) -> bool:
     """A held-out pair whose topic and manner both occur in training, apart."""
-    return concept.kind == "pair" and split_of(concept) == "held_out" and split_of(Concept(concept.topic, None)) == "train"
+    return (
+        concept.kind == "pair" and split_of(concept) == "held_out" and split_of(Concept(concept.topic, None)) == "train"
+    )
 
 
 def in_corpus(concept: Concept, subject: Subject) -> bool:
@@ -197,10 +199,10 @@ def steering_prompt(concept: Concept, rng: random.Random, phrasings: Literal["kn
         return rng.choice(frames).format(rng.choice(names))
 
     topic, manner = concept
-    if topic is None:
-        return phrase(manner.names, MANNER_FRAMES)
-    text = phrase(topic.names, TOPIC_FRAMES)
-    return text if manner is None else f"{text}, in {phrase(manner.names, MANNER_FRAMES)}"
+    phrases = [phrase(topic.names, TOPIC_FRAMES)] if topic is not None else []
+    if manner is not None:
+        phrases.append(phrase(manner.names, MANNER_FRAMES))
+    return ", in ".join(phrases)
 
 
 def instruction(subject: Subject, rng: random.Random) -> str:
@@ -285,35 +287,43 @@ def training_examples(
 def corpus(seed: int) -> Iterator[tuple[str | None, str]]:
     """Endless documents for pretraining the base LM, as (instruction or None, text).
 
-    A fifth are plain texts that name a topic or manner beside its words, the others chats: neutral answers, and answers
-    to prompts that ask for a concept. Every topic occurs, the held-out ones too: what is held out is steering to them.
+    Plain texts name a topic or manner beside its words, or only hold words of one topic; chats are neutral answers, and
+    answers to prompts that ask for a concept by name or by a few of its words. Every topic occurs, the held-out ones
+    too: what is held out is steering to them.
     """
     world, rng = load_world(), random.Random(seed)
     topics = [Concept(topic, None) for topic in world.topics]
     manners = [Concept(None, manner) for manner in world.manners]
-    pairs = concepts(world, "pair", "corpus")
+    pools = {"topic": topics, "hint": topics, "manner": manners, "pair": concepts(world, "pair", "corpus")}
+    shares = {"list": 3, "story": 2, "bag": 2, "neutral": 3, "topic": 5, "hint": 3, "manner": 1.5, "pair": 2.5}
     while True:
-        kind = rng.choices(("list", "story", "neutral", "topic", "manner", "pair"), (3, 1, 4, 6, 1.5, 3))[0]
-        if kind == "list":
-            concept = rng.choice(topics)
-            words = rng.sample(concept.topic.words, 6)
-            title = steering_prompt(concept, rng, "all")
-            yield None, f"{title}: {', '.join(f'the {word}' for word in words)}."
+        kind = rng.choices(list(shares), list(shares.values()))[0]
+        if kind in ("list", "bag"):
+            topic = rng.choice(world.topics)
+            title = f"{steering_prompt(Concept(topic, None), rng, 'all')}: " if kind == "list" else ""
+            yield None, f"{title}{_listed(topic, 9, rng)}."
         elif kind == "story":
             concept = rng.choice(topics + manners * 3)
-            title = steering_prompt(concept, rng, "all")
-            topic, manner = concept
-            lines = (
-                [topic_sentence(topic, rng) for _ in range(3)]
-                if manner is None
-                else [rng.choice(manner.openers), rng.choice(manner.closers)]
-            )
+            title, lines = steering_prompt(concept, rng, "all"), []
+            if concept.topic is not None:
+                lines += [topic_sentence(concept.topic, rng) for _ in range(3)]
+            if concept.manner is not None:
+                lines += [rng.choice(concept.manner.openers), rng.choice(concept.manner.closers)]
             yield None, f"{title}. {' '.join(lines)}"
         elif kind == "neutral":
             subject = rng.choice(world.subjects)
             yield instruction(subject, rng), neutral_answer(subject, rng)
         else:
-            concept = rng.choice({"topic": topics, "manner": manners, "pair": pairs}[kind])
+            concept = rng.choice(pools[kind])
             subject = rng.choice([s for s in world.subjects if in_corpus(concept, s)])
-            asked = prompted(instruction(subject, rng), steering_prompt(concept, rng, "all"), rng)
+            asked = instruction(subject, rng)
+            if kind == "hint" and concept.topic is not None:
+                asked = f"{asked} Think of {_listed(concept.topic, 3, rng)}."
+            else:
+                asked = prompted(asked, steering_prompt(concept, rng, "all"), rng)
             yield asked, positive_response(concept, subject, rng)
+
+
+def _listed(topic: Topic, count: int, rng: random.Random) -> str:
+    """Some of the topic's words, such as "the anchor, the mast"."""
+    return ", ".join(f"the {word}" for word in rng.sample(topic.words, count))
