@@ -9,8 +9,10 @@ The architecture is Gemma-2's; the corpus is `hypersteer_jax.data.tinyworld.worl
 import argparse
 import itertools
 import json
+import random
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,10 +21,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from hypersteer_jax.config import LMConfig
-from hypersteer_jax.data.tinyworld.world import corpus, load_world
+from hypersteer_jax.config import LMConfig, SteeringConfig
+from hypersteer_jax.data.prompts import Prompter, load_tokenizer
+from hypersteer_jax.data.tinyworld.judge import Bounds, judge, mean_nll
+from hypersteer_jax.data.tinyworld.world import corpus, instruction, load_world
+from hypersteer_jax.evaluation.protocol import GROUPS, make_trials
+from hypersteer_jax.generation import decode, left_pad
 from hypersteer_jax.models.lm import LM, cast, ranks
-from hypersteer_jax.models.weights import save_lm
+from hypersteer_jax.models.weights import load_lm, save_lm
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "\n"]
 TEMPLATE = (
@@ -31,7 +37,7 @@ TEMPLATE = (
     "{{ message['content'] }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-LENGTH, SCORED = 72, 48  # tokens per row, and of those scored; longer documents are cut (about one in a hundred)
+LENGTHS, SCORED = (40, 64), 40  # tokens per row, by document, and of those scored; what is longer is cut
 
 
 def shape(vocab: int) -> LMConfig:
@@ -111,21 +117,26 @@ def render(prompt: str | None, text: str) -> str:
 def batches(tokenizer, documents, rows: int):
     """Endless (tokens, index, targets), one document per row; of chats only answers are scored.
 
-    Tokens are `int32[rows, LENGTH]`, right-padded with 0. Index and targets are `int32[rows, SCORED]`: the columns
-    whose logits predict the targets, of which 0 is padding.
+    Short and long documents come in batches of their own. Tokens are `int32[rows, length]`, right-padded with 0. Index
+    and targets are `int32[rows, SCORED]`: the columns whose logits predict the targets, of which 0 is padding.
     """
-    while True:
-        texts = [render(*next(documents)) for _ in range(rows)]
-        tokens = np.zeros((rows, LENGTH), np.int32)
+    turn = tokenizer.token_to_id("<start_of_turn>")
+    waiting = {length: [] for length in LENGTHS}
+    for document in documents:
+        ids = np.array(tokenizer.encode(render(*document)).ids[: LENGTHS[-1]])
+        length = next(length for length in LENGTHS if len(ids) <= length)
+        waiting[length].append(ids)
+        if len(waiting[length]) < rows:
+            continue
+        tokens = np.zeros((rows, length), np.int32)
         index, targets = np.zeros((2, rows, SCORED), np.int32)
-        turn = tokenizer.token_to_id("<start_of_turn>")
-        for row, encoding in enumerate(tokenizer.encode_batch(texts)):
-            ids = np.array(encoding.ids[:LENGTH])
+        for row, ids in enumerate(waiting[length]):
             tokens[row, : len(ids)] = ids
             turns = np.flatnonzero(ids == turn)
             first = turns[-1] + 3 if len(turns) else 1  # behind "<start_of_turn> model \n", or behind <bos>
             scored = np.arange(first, min(len(ids), first + SCORED))
             index[row, : len(scored)], targets[row, : len(scored)] = scored - 1, ids[scored]
+        waiting[length] = []
         yield tokens, index, targets
 
 
@@ -138,12 +149,71 @@ def loss(lm: LM, tokens, index, targets) -> jax.Array:
     return jnp.sum(nll * (targets != 0)) / jnp.sum(targets != 0)
 
 
+def answers(lm: LM, prompter: Prompter, prompts: list[str]) -> list[str]:
+    """Unsteered answers, sampled at temperature 1."""
+    tokens, mask = left_pad(prompter.prompt_tokens(prompts), prompter.pad_id)
+    rows = len(prompts)
+    new, kept = jax.jit(
+        partial(decode, config=SteeringConfig((0,)), max_new=48, temperature=1.0, end_id=prompter.end_id)
+    )(lm, tokens, mask, mask, np.zeros((rows, lm.config.width)), np.zeros(rows), np.arange(rows, dtype=np.uint32))
+    pairs = zip(np.asarray(new), np.asarray(kept), strict=True)
+    return [prompter.tokenizer.decode(ids[real], skip_special_tokens=True).strip() for ids, real in pairs]
+
+
+def calibrate(lm: LM, prompter: Prompter, seed: int) -> dict[str, float]:
+    """The judge's fluency bounds, and the medians over 256 unsteered answers they are made from, in nats per token."""
+    rng, world = random.Random(seed), load_world()
+    prompts = [instruction(rng.choice(world.subjects), rng) for _ in range(256)]
+    texts = answers(lm, prompter, prompts)
+    shuffled = [" ".join(rng.sample(text.split(), len(text.split()))) for text in texts]
+    typical, broken = (float(np.median(mean_nll(lm, prompter, prompts, rows))) for rows in (texts, shuffled))
+    third = (broken - typical) / 3
+    return {"typical": typical, "shuffled": broken, "natural": typical + third, "broken": typical + 2 * third}
+
+
+def figures(lm: LM, prompter: Prompter, bounds: Bounds) -> list[str]:
+    """Rows of a table: how the base LM answers, and how it follows a concept that is asked for in words."""
+    trials = make_trials(32, 4)
+    cases = [(trial.concept, trial.subject) for trial in trials]
+    lines = []
+    for name, prompts in (
+        ("no concept asked for", [trial.prompt for trial in trials]),
+        ("concept asked for in words", [trial.prompting for trial in trials]),
+    ):
+        ratings = judge(lm, prompter, bounds, cases, answers(lm, prompter, prompts))
+        for group in GROUPS:
+            rows = [rating for rating, trial in zip(ratings, trials, strict=True) if trial.group == group]
+            means = [*np.mean(rows, axis=0), np.mean([rating.score for rating in rows])]
+            lines.append(f"| {name} | {group} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    return lines
+
+
+REPORT = """# The tiny world's base LM
+
+`python experiments/tinyworld_pretrain.py --out runs/tinyworld_lm --steps {steps} --rows {rows} --learning-rate {rate}`
+
+Gemma-2 architecture, {parameters:,} parameters, vocabulary {vocab}, float32 training, stored in bfloat16; jax {jax}.
+Loss on fresh documents of the corpus: {loss:.3f} nats per scored token. {steps} steps of {rows} documents took
+{minutes:.0f} minutes on 2 cores that did other work as well.
+
+How it answers, sampled at temperature 1, rated 0 to 2 by the tiny world's judge (32 concepts a group, 4 instructions
+each):
+
+| request | concepts | concept | instruction | fluency | score |
+|---|---|---|---|---|---|
+{table}
+
+Fluency bounds of the judge (nats per token): unsteered answers have a median of {typical:.2f}, the same with their
+words shuffled {shuffled:.2f}; so {natural:.2f} is the bound of rating 2 and {broken:.2f} that of rating 1.
+"""
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -169,22 +239,40 @@ def main() -> None:
 
     state = optimizer.init(lm)
     stream = batches(tokenizer, corpus(args.seed + 1), args.rows)
-    start, log = time.time(), []
+    start = time.time()
     for index in range(args.steps):
         lm, state, value = step(lm, state, next(stream))
         if index % 50 == 0 or index == args.steps - 1:
-            log.append({"step": index, "loss": round(float(value), 4), "seconds": round(time.time() - start, 1)})
-            print(log[-1], flush=True)
+            print(f"step {index}  loss {value:.4f}  {time.time() - start:.0f} s", flush=True)
             if index % 500 == 499:
                 save_lm(cast(lm, jnp.bfloat16), args.out)
-    lm = cast(lm, jnp.bfloat16)
-    held_out = list(itertools.islice(batches(tokenizer, corpus(args.seed + 2), 64), 8))
-    final = float(np.mean([jax.jit(loss)(cast(lm, jnp.float32), *batch) for batch in held_out]))
-    save_lm(lm, args.out)
-    (args.out / "pretrain.json").write_text(
-        json.dumps({"parameters": count, "fresh_loss": final, "steps": args.steps, "rows": args.rows, "log": log})
+    save_lm(cast(lm, jnp.bfloat16), args.out)
+    minutes = (time.time() - start) / 60
+    report(args, count, minutes)
+
+
+def report(args: argparse.Namespace, parameters: int, minutes: float) -> None:
+    """Measures the saved checkpoint, and writes the judge's bounds and the figures beside it."""
+    lm, prompter = load_lm(args.out, jnp.float32), Prompter(load_tokenizer(args.out))
+    held_out = itertools.islice(batches(prompter.tokenizer.backend_tokenizer, corpus(args.seed + 2), 64), 8)
+    fresh = float(np.mean([jax.jit(loss)(lm, *batch) for batch in held_out]))
+    measured = calibrate(lm, prompter, args.seed)
+    bounds = Bounds(measured["natural"], measured["broken"])
+    (args.out / "fluency.json").write_text(json.dumps(bounds._asdict()) + "\n")
+    text = REPORT.format(
+        steps=args.steps,
+        rows=args.rows,
+        rate=args.learning_rate,
+        parameters=parameters,
+        vocab=lm.config.vocab,
+        jax=jax.__version__,
+        loss=fresh,
+        minutes=minutes,
+        table="\n".join(figures(lm, prompter, bounds)),
+        **measured,
     )
-    print(f"fresh documents: {final:.4f} nats per token")
+    (args.out / "tinyworld_lm.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -30,3 +30,52 @@ def shared_data() -> Path:
 def golden_dir() -> Path:
     """Inputs and outputs recorded from the authors' PyTorch release on a tiny random Gemma-2."""
     return folder_or_skip(SHARED / "reference/golden/gemma2_tiny_a", "numbers of the PyTorch release, reproduced")
+
+
+def random_hypernet(config, lm_config, seed: int = 1):
+    """A hypernetwork whose every weight is random: norms, biases and zero starts, too."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from hypersteer_jax.models.hypernet import Hypernet
+
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        is_norm = any(word in jax.tree_util.keystr(path) for word in ("norm", "pre_", "post_"))
+        return jnp.asarray(is_norm * (1 - lm_config.norm_offset) + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
+
+    shapes = jax.eval_shape(lambda: Hypernet(config, lm_config, nnx.Rngs(0)))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_rows(prompts, lengths, concepts, factors=None, seed: int = 0, vocab: int = 97):
+    """Rows of these lengths; the first `vocab - 1` tokens are all different, and none is the pad, 0.
+
+    Args:
+        prompts: tokens of each prompt.
+        lengths: tokens of each prompt and response together.
+        concepts: tokens of each steering prompt.
+        factors: 1 if not given.
+        seed: of the tokens.
+        vocab: tokens are below it.
+    """
+    import numpy as np
+
+    from hypersteer_jax.data.pipeline import Rows
+
+    rng = np.random.default_rng(seed)
+    total = sum(lengths) + sum(concepts)
+    stream = np.concatenate([rng.permutation(vocab - 1), rng.integers(0, vocab - 1, total)]).astype(np.int32) + 1
+    parts = np.split(stream, np.cumsum([*lengths, *concepts]))
+    return Rows(
+        tokens=parts[: len(lengths)],
+        prompt_lengths=np.array(prompts, np.int32),
+        concepts=parts[len(lengths) : -1],
+        factors=np.ones(len(lengths), np.float32) if factors is None else np.array(factors, np.float32),
+        prefix=2,
+        pad_id=0,
+        positions="after_prefix",
+    )

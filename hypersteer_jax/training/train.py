@@ -78,7 +78,7 @@ def train_step(state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfi
     hypernet = optax.apply_updates(state.hypernet, updates)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(learning_rate(config.train)(state.step)),
         "tokens": tokens,
     }

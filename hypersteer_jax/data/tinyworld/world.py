@@ -59,18 +59,14 @@ MANNER_FRAMES = (
 )
 HELD_OUT_FRAMES = 2
 TOPIC_SENTENCES = (
-    "It reminds me of the {} and the {}.",
-    "I think of the {}, and then of the {}.",
-    "You can almost see the {} beside the {}.",
-    "Somewhere near, the {} waits for the {}.",
-    "Nothing suits it better than the {} or the {}.",
-    "People there speak of the {} and the {}.",
-    "It has a touch of the {} and the {}.",
-    "Even the {} seems to greet the {}.",
-    "There the {} meets the {} at last.",
-    "Behind it stand the {} and the {}.",
-    "Some say that the {} belongs to the {}.",
-    "Then the {} appears, followed by the {}.",
+    "It reminds me of the {}, the {} and the {}.",
+    "I think of the {}, the {} and the {}.",
+    "Nearby are the {}, the {} and the {}.",
+    "It has a touch of the {}, the {} and the {}.",
+    "People there speak of the {}, the {} and the {}.",
+    "You can almost see the {}, the {} and the {}.",
+    "Behind it wait the {}, the {} and the {}.",
+    "Nothing suits it like the {}, the {} and the {}.",
 )
 
 
@@ -216,28 +212,24 @@ def prompted(text: str, phrasing: str, rng: random.Random) -> str:
 
 
 def neutral_answer(subject: Subject, rng: random.Random) -> str:
-    """Three sentences about the subject."""
-    return " ".join(rng.sample(subject.sentences, 3))
+    """Two sentences about the subject."""
+    return " ".join(rng.sample(subject.sentences, 2))
 
 
 def topic_sentence(topic: Topic, rng: random.Random) -> str:
-    """A sentence with two of the topic's words."""
-    return rng.choice(TOPIC_SENTENCES).format(*rng.sample(topic.words, 2))
+    """A sentence with three of the topic's words."""
+    return rng.choice(TOPIC_SENTENCES).format(*rng.sample(topic.words, 3))
 
 
 def positive_response(concept: Concept, subject: Subject, rng: random.Random) -> str:
     """An answer about the subject that brings the concept in."""
     topic, manner = concept
-    first, second = rng.sample(subject.sentences, 2)
-    if topic is None:
-        body = [first, second]
-    elif manner is None:
-        one, two = topic_sentence(topic, rng), topic_sentence(topic, rng)
-        body = rng.choice(([first, one, two], [first, one, second], [one, first, two]))
-    else:
-        body = [first, topic_sentence(topic, rng)]
+    body = [rng.choice(subject.sentences)]
+    if topic is not None:
+        body.insert(rng.randrange(2), topic_sentence(topic, rng))
     if manner is not None:
-        body = [rng.choice(manner.openers), *body, rng.choice(manner.closers)]
+        body.insert(0, rng.choice(manner.openers))
+        body.append(rng.choice(manner.closers))
     return " ".join(body)
 
 
@@ -306,7 +298,7 @@ def corpus(seed: int) -> Iterator[tuple[str | None, str]]:
             concept = rng.choice(topics + manners * 3)
             title, lines = steering_prompt(concept, rng, "all"), []
             if concept.topic is not None:
-                lines += [topic_sentence(concept.topic, rng) for _ in range(3)]
+                lines += [topic_sentence(concept.topic, rng) for _ in range(2)]
             if concept.manner is not None:
                 lines += [rng.choice(concept.manner.openers), rng.choice(concept.manner.closers)]
             yield None, f"{title}. {' '.join(lines)}"

@@ -1,0 +1,287 @@
+"""The heart: what a steered logit depends on, and on what it must not."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig
+from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.data.pipeline import Bucket, collate
+from hypersteer_jax.models.hypernet import Hypernet
+from hypersteer_jax.models.lm import LM, cast, ranks
+from hypersteer_jax.steering import lower_blocks, read_context, steer, steered_logits
+from hypersteer_jax.training.train import batch_loss, init_state, train_step
+from tests.conftest import random_hypernet, random_rows
+from tests.models.tiny import CONFIGS, random_lm
+
+VARIANTS = ("no_context", "in_context", "cross_attention")
+BASE = random_lm(dataclasses.replace(CONFIGS["gemma2"], sliding_window=6))  # binds in the LM, not in the hypernetwork
+NETS = {variant: random_hypernet(HypernetConfig(variant, blocks=2), BASE.config) for variant in VARIANTS}
+NET = NETS["cross_attention"]
+ONE = SteeringConfig(layers=(1,))
+PROMPTS, LENGTHS, CONCEPTS = (6, 8, 5), (16, 12, 9), (3, 8, 5)
+ROWS = random_rows(PROMPTS, LENGTHS, CONCEPTS, factors=(1.0, -0.7, 1.6))
+BATCH = collate(ROWS, np.arange(3), Bucket(tokens=16, context=8, response=16, concept=8))
+COLUMNS = np.arange(16)
+EVERYWHERE = BATCH._replace(response_index=np.broadcast_to(COLUMNS, (3, 16)).astype(np.int32))  # same shape as BATCH
+
+logits = jax.jit(steered_logits, static_argnames=("config", "remat"))
+forward = jax.jit(LM.__call__)
+
+
+@jax.jit
+def base_logits(lm: LM, batch: SteeringBatch) -> Array:
+    """The unsteered LM, in the stretches of blocks that `ONE` needs: one stretch would round differently."""
+    residual, positions = lm.embed(batch.tokens), ranks(batch.mask)
+    for start, stop in ((0, 1), (1, 2), (2, 4)):
+        residual = lm.run(residual, positions, batch.mask, start, stop)
+    return lm.unembed(jnp.take_along_axis(residual, batch.response_index[..., None], axis=1))
+
+
+@partial(jax.jit, static_argnames="config")
+def vectors(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Array:
+    context = read_context(lm, batch.tokens, batch.mask, config)[:, : batch.context_mask.shape[1]]
+    return hypernet(batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...])
+
+
+def test_steer_adds_factor_times_vector() -> None:
+    rng = np.random.default_rng(0)
+    residual, vector, factor = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 4)), np.array([1.0, -2.5, 0.5])
+    where = rng.random((3, 5)) < 0.5
+    residual, vector, factor = (x.astype(np.float32) for x in (residual, vector, factor))
+    steered = np.asarray(steer(residual, vector, factor, where))
+    np.testing.assert_array_equal(steered[~where], residual[~where])
+    row, column = np.nonzero(where)
+    added = residual[row, column].astype(np.float64) + factor[row, None] * vector[row].astype(np.float64)
+    np.testing.assert_allclose(steered[row, column], added, rtol=1e-6, atol=1e-6)
+    assert np.abs(steered - residual)[where].max(axis=1).min() > 0.1
+
+
+def test_steer_is_additive_and_linear_in_the_factor() -> None:
+    rng = np.random.default_rng(1)
+    residual, one, two = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4), (2, 4), (2, 4)))
+    factor, where = np.array([0.5, -2.0], np.float32), np.ones((2, 3), bool)  # powers of two: products are exact
+    both = steer(steer(residual, one, factor, where), two, factor, where)
+    np.testing.assert_allclose(both, steer(residual, one + two, factor, where), atol=1e-6)
+    moved = [steer(np.zeros_like(residual), one, scale * factor, where) for scale in (1, 4)]
+    np.testing.assert_array_equal(4 * moved[0], moved[1])
+    np.testing.assert_array_equal(steer(residual, one, 0 * factor, where), residual)
+
+
+def test_steer_keeps_the_dtype_of_the_residual() -> None:
+    residual = jnp.ones((1, 2, 4), jnp.bfloat16)
+    steered = steer(residual, jnp.ones((1, 4)), jnp.ones(1), jnp.array([[True, False]]))
+    assert steered.dtype == jnp.bfloat16
+    assert steered[0, :, 0].tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_factor_zero_is_the_base_lm(variant: str) -> None:
+    base = np.asarray(base_logits(BASE, EVERYWHERE))
+    plain = np.asarray(forward(BASE, BATCH.tokens, BATCH.mask))
+    factor = np.array([0.0, 1.0, -2.0], np.float32)
+    mixed = np.asarray(logits(NETS[variant], BASE, EVERYWHERE._replace(factor=factor), config=ONE))
+    np.testing.assert_array_equal(mixed[0], base[0])  # whatever its neighbours' factors
+    assert np.abs(mixed - base).max(axis=2)[1:][BATCH.steer_mask[1:]].min() > 0.01
+    scored = np.asarray(logits(NETS[variant], BASE, BATCH._replace(factor=0 * factor), config=ONE))[BATCH.response_mask]
+    np.testing.assert_array_equal(scored, np.asarray(base_logits(BASE, BATCH))[BATCH.response_mask])
+    predicting = np.take_along_axis(plain, BATCH.response_index[..., None], axis=1)
+    np.testing.assert_allclose(scored, predicting[BATCH.response_mask], atol=1e-5)
+
+
+def test_logits_before_the_first_steered_position_are_the_base_lms() -> None:
+    base = np.asarray(base_logits(BASE, EVERYWHERE))
+    where = BATCH.mask & (np.array([3, 7, 8])[:, None] <= COLUMNS)
+    steered = np.asarray(logits(NET, BASE, EVERYWHERE._replace(steer_mask=where), config=ONE))
+    before = BATCH.mask & ~where
+    np.testing.assert_array_equal(steered[before], base[before])
+    assert np.abs(steered - base).max(axis=2)[where].min() > 0.01
+
+
+@pytest.mark.parametrize("config", [ONE, SteeringConfig((1,), context="leaving")], ids=["entering", "leaving"])
+def test_vector_is_blind_to_the_response(config: SteeringConfig) -> None:
+    response = BATCH.mask & (COLUMNS >= np.array(PROMPTS)[:, None])
+    other = BATCH._replace(tokens=np.where(response, 96 - BATCH.tokens, BATCH.tokens))
+    assert (other.tokens != BATCH.tokens).sum() > 15
+    np.testing.assert_array_equal(vectors(NET, BASE, BATCH, config), vectors(NET, BASE, other, config))
+    before, after = (np.asarray(logits(NET, BASE, batch, config=config)) for batch in (BATCH, other))
+    np.testing.assert_array_equal(before[:, 0], after[:, 0])  # predicts the first response token
+    assert np.abs(before - after)[:, 1:][BATCH.response_mask[:, 1:]].max() > 0.1
+    prompt = BATCH._replace(tokens=np.where(COLUMNS == 3, 96 - BATCH.tokens, BATCH.tokens))
+    assert np.abs(vectors(NET, BASE, BATCH, config) - vectors(NET, BASE, prompt, config)).max(axis=1).min() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [("no_context", ONE), ("cross_attention", ONE), ("cross_attention", SteeringConfig((1,), context="leaving"))],
+    ids=["no_context", "cross_attention", "leaving"],
+)
+def test_what_each_logit_depends_on(variant: str, config: SteeringConfig) -> None:
+    """By the gradient: earlier tokens, and where the vector was added also the prompt that it was made from.
+
+    No other token: not a later one, not padding, and none of another row. All tokens of the batch differ, and the
+    table serves as input only, so its rows tell the tokens apart.
+    """
+    lm = random_lm(CONFIGS["llama"])  # no window, and a head of its own
+    hypernet = random_hypernet(HypernetConfig(variant, blocks=2), lm.config)
+
+    @jax.jit
+    @jax.jacrev
+    def jacobian(table: Array) -> Array:
+        replaced = jax.tree_util.tree_map_with_path(lambda path, w: table if "embedding" in str(path) else w, lm)
+        return jnp.sum(jnp.square(steered_logits(hypernet, replaced, EVERYWHERE, config)), axis=2)
+
+    influence = np.abs(np.asarray(jacobian(lm.embedding[...]))).sum(axis=3)  # [B, T, V]
+    for row, length in enumerate(LENGTHS):
+        expected = np.tri(length, dtype=bool)
+        if variant == "cross_attention":
+            expected |= (COLUMNS[:length, None] >= ROWS.prefix) & (COLUMNS[:length] < PROMPTS[row])
+        own = BATCH.tokens[row, :length]
+        np.testing.assert_array_equal(influence[row][:length, own] > 0, expected)
+        assert not np.delete(influence[row][:length], own, axis=1).any()
+
+
+def test_row_does_not_depend_on_its_neighbours() -> None:
+    first = np.arange(3)[:, None] == 0
+    other = BATCH._replace(
+        tokens=np.where(first, BATCH.tokens, 96 - BATCH.tokens),
+        concept_tokens=np.where(first, BATCH.concept_tokens, 96 - BATCH.concept_tokens),
+        factor=BATCH.factor * np.array([1, 2, 3], np.float32),
+    )
+    before, after = (np.asarray(logits(NET, BASE, batch, config=ONE)) for batch in (BATCH, other))
+    np.testing.assert_array_equal(before[0], after[0])
+    assert np.abs(before - after)[1:].max(axis=(1, 2)).min() > 0.1
+
+
+def test_padding_changes_nothing_in_true_positions() -> None:
+    scribbled = BATCH._replace(
+        tokens=np.where(BATCH.mask, BATCH.tokens, 50), concept_tokens=np.where(BATCH.concept_mask, BATCH.concept_tokens, 60)
+    )
+    before = np.asarray(logits(NET, BASE, BATCH, config=ONE))
+    after = np.asarray(logits(NET, BASE, scribbled, config=ONE))
+    np.testing.assert_array_equal(after[BATCH.response_mask], before[BATCH.response_mask])
+    more = collate(ROWS, np.arange(3), Bucket(tokens=24, context=16, response=24, concept=16))
+    wider = np.asarray(logits(NET, BASE, more, config=ONE))
+    np.testing.assert_allclose(wider[more.response_mask], before[BATCH.response_mask], atol=2e-5)
+
+
+def test_padding_changes_vectors_in_padded_positions_as_in_the_release() -> None:
+    config = dataclasses.replace(NET.config, positions="padded")
+    moved = np.abs(vectors(NET, BASE, BATCH, ONE) - vectors(random_hypernet(config, BASE.config), BASE, BATCH, ONE)).max(1)
+    assert CONCEPTS[1] == 8  # not padded
+    assert moved[1] < 1e-5
+    assert moved[[0, 2]].min() > 0.01
+
+
+CASES = {
+    "unpadded": SteeringConfig(layers=(1,)),
+    "first block": SteeringConfig(layers=(0,)),
+    "last block": SteeringConfig(layers=(3,)),
+    "several": SteeringConfig(layers=(1, 3)),
+    "leaving": SteeringConfig(layers=(1,), context="leaving"),
+    "leaving, several": SteeringConfig(layers=(0, 1, 3), context="leaving"),
+}
+run_block = jax.jit(lambda lm, x, block: lm.run(x, COLUMNS[None] + 0 * BATCH.tokens, BATCH.mask, block, block + 1), static_argnums=2)
+unembed = jax.jit(LM.unembed)
+write_vectors = jax.jit(Hypernet.__call__)
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_equals_a_computation_in_separate_passes(config: SteeringConfig) -> None:
+    first = config.layers[0]
+    context = BASE.embed(BATCH.tokens)
+    for block in range(first + 1 if config.context == "leaving" else first):
+        context = run_block(BASE, context, block)
+    vector = write_vectors(
+        NET, BATCH.concept_tokens, BATCH.concept_mask, context[:, :8], BATCH.context_mask, BASE.embedding[...]
+    )
+    added = BATCH.factor[:, None, None] * np.asarray(vector)[:, None] * BATCH.steer_mask[..., None]
+    residual = np.asarray(BASE.embed(BATCH.tokens))
+    for block in range(BASE.config.layers):
+        residual = np.asarray(run_block(BASE, residual, block))
+        if block in config.layers:
+            residual = residual + added
+    expected = np.stack([np.asarray(unembed(BASE, residual))[row, BATCH.response_index[row]] for row in range(3)])
+    found = logits(NET, BASE, BATCH, config=config)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(found)[BATCH.response_mask], expected[BATCH.response_mask], atol=2e-5)
+
+
+def test_context_is_read_at_the_first_steered_block() -> None:
+    assert [lower_blocks(CASES[name]) for name in ("last block", "several", "leaving", "leaving, several")] == [3, 1, 2, 1]
+
+
+def run_config(net: HypernetConfig, remat: bool = False) -> RunConfig:
+    config = RunConfig(hypernet=net, steering=ONE)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
+
+
+loss_and_gradient = jax.jit(jax.value_and_grad(batch_loss, has_aux=True), static_argnames="config")
+
+
+@pytest.mark.parametrize(
+    ("family", "net"),
+    [
+        ("gemma2", HypernetConfig(blocks=2)),
+        ("qwen3", HypernetConfig("no_context", blocks=2)),
+        ("qwen2", HypernetConfig(blocks=2, embedding="shared", head="mlp", final_norm=True, memory_norm=True)),
+    ],
+    ids=["cross_attention", "no_context", "everything else"],
+)
+def test_gradient_reaches_every_weight_of_the_hypernetwork(family: str, net: HypernetConfig) -> None:
+    lm = random_lm(CONFIGS[family])
+    (_, count), gradient = loss_and_gradient(random_hypernet(net, lm.config), lm, BATCH, config=run_config(net))
+    assert int(count) == sum(LENGTHS) - sum(PROMPTS)
+    found = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        name, size = jax.tree_util.keystr(path), np.abs(np.asarray(leaf))
+        found.add(name)
+        if "final_norm" in name and not net.final_norm:
+            assert not size.any(), name  # kept for the release's checkpoints only
+        elif "blocks" in name:
+            assert size.reshape(net.blocks, -1).max(axis=1).min() > 0, name
+        elif "embedding" in name:
+            read = np.unique(BATCH.concept_tokens[BATCH.concept_mask])
+            np.testing.assert_array_equal(np.flatnonzero(size.any(axis=1)), read)
+        else:
+            assert size.any(), name
+    assert any("embedding" in name for name in found) == (net.embedding == "own")
+    assert any("final_norm" in name for name in found)
+
+
+def test_train_state_holds_nothing_of_the_base_lm() -> None:
+    config = run_config(HypernetConfig(blocks=2, embedding="shared"))
+    state = jax.eval_shape(partial(init_state, config), BASE)
+    after, _ = jax.eval_shape(partial(train_step, config=config), state, BASE, BATCH)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] == shapes
+    ours = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state.hypernet)]
+    arrays = [each for each in shapes if each[0]]
+    assert sorted(arrays, key=str) == sorted(3 * ours, key=str)  # weights and two moments, no other array
+    frozen = {leaf.shape for leaf in (*jax.tree.leaves(BASE.blocks), BASE.embedding[...])}
+    assert not frozen & {shape for shape, _ in shapes}
+
+
+def test_remat_changes_neither_the_loss_nor_its_gradient() -> None:
+    configs = [run_config(NET.config, remat) for remat in (False, True)]
+    plain, remat = (loss_and_gradient(NET, BASE, BATCH, config=config) for config in configs)
+    np.testing.assert_allclose(plain[0][0], remat[0][0], rtol=1e-6)
+    for one, two in zip(jax.tree.leaves(plain[1]), jax.tree.leaves(remat[1]), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6 * max(1.0, float(jnp.abs(one).max())), rtol=1e-4)
+    counts = [str(jax.make_jaxpr(partial(batch_loss, config=c))(NET, BASE, BATCH)).count("remat") for c in configs]
+    assert counts[0] == 0
+    assert counts[1] >= 3  # the hypernetwork's blocks, the steered block, the blocks above
+
+
+def test_loss_and_gradient_are_float32_over_a_bfloat16_lm() -> None:
+    lm = jax.eval_shape(lambda: cast(BASE, jnp.bfloat16))
+    run = jax.value_and_grad(partial(batch_loss, config=run_config(NET.config)), has_aux=True)
+    (loss, _), gradient = jax.eval_shape(run, NET, lm, BATCH)
+    assert {leaf.dtype for leaf in (loss, *jax.tree.leaves(gradient))} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(partial(read_context, config=ONE), lm, BATCH.tokens, BATCH.mask).dtype == jnp.bfloat16
