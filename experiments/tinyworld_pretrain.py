@@ -244,8 +244,6 @@ def main() -> None:
         lm, state, value = step(lm, state, next(stream))
         if index % 50 == 0 or index == args.steps - 1:
             print(f"step {index}  loss {value:.4f}  {time.time() - start:.0f} s", flush=True)
-            if index % 500 == 499:
-                save_lm(cast(lm, jnp.bfloat16), args.out)
     save_lm(cast(lm, jnp.bfloat16), args.out)
     minutes = (time.time() - start) / 60
     report(args, count, minutes)

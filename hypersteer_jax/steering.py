@@ -64,10 +64,10 @@ def read_context(lm: LM, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], co
     return lm.run(lm.embed(tokens), ranks(mask), mask, 0, lower_blocks(config))
 
 
-def steered_logits(
+def steered_residual(
     hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig, remat: bool = False
-) -> Float[Array, "B R V"]:
-    """Logits that predict the response tokens, float32, under steering.
+) -> Float[Array, "B R D"]:
+    """Last residual at the positions that predict the response tokens, under steering.
 
     Args:
         hypernet: the trained network; gradients are taken with respect to it.
@@ -87,4 +87,9 @@ def steered_logits(
         return lm.run(x, positions, batch.mask, start, stop, remat)
 
     residual = upper_pass(run, residual, lm.config.layers, vector, batch.factor, batch.steer_mask, config)
-    return lm.unembed(jnp.take_along_axis(residual, batch.response_index[..., None], axis=1))
+    return jnp.take_along_axis(residual, batch.response_index[..., None], axis=1)
+
+
+def steered_logits(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Float[Array, "B R V"]:
+    """Logits that predict the response tokens, float32; training never holds them whole (`loss.response_nll`)."""
+    return lm.unembed(steered_residual(hypernet, lm, batch, config))

@@ -7,8 +7,10 @@ import pytest
 
 # Before jax is imported: it reads both once. Meshes of up to eight devices are tested without an accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Tests compile much and compute little, so the compiler's last stage works without optimisations: half the time.
+for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch of the parity tests: on tiny models more threads only wait
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository, not part of it

@@ -41,7 +41,7 @@ class Trial(NamedTuple):
     concept: Concept
     subject: Subject
     steering_prompt: str
-    wrong_prompt: str  # another concept of the same kind
+    wrong_prompt: str  # of a training concept of the same kind that shares nothing with this one
     prompt: str
     prompting: str  # the instruction with the steering prompt in it
     seed: int
@@ -73,7 +73,7 @@ def make_trials(per_group: int, instructions: int, seed: int = 0) -> list[Trial]
     for group, members in chosen.items():
         phrasings: Literal["held_out", "known"] = "held_out" if group == "unseen phrasings" else "known"
         for concept in members:
-            others = [c for c in members if c.kind == concept.kind and not set(c) & set(concept) - {None}]
+            others = [c for c in kinds[concept.kind] if not set(c) & set(concept) - {None}]
             text, wrong = (steering_prompt(c, rng, phrasings) for c in (concept, rng.choice(others)))
             subjects = scoring_subjects(world, concept)
             for subject in rng.sample(subjects, min(instructions, len(subjects))):

@@ -98,14 +98,13 @@ class Hypernet(nnx.Module):
             remat: recompute each block in the backward pass.
         """
         dtype = context.dtype
-        norm = lambda x, weight: rms_norm(x, weight[...], self.lm_config.norm_eps, self.lm_config.norm_offset)  # noqa: E731
         table = lm_embedding if self.embedding is None else self.embedding[...]
         x = embed(table.astype(dtype), tokens, self.lm_config)
         true, padded = ranks(mask), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         positions = true if self.config.positions == "true" else padded
         causal = causal_mask(positions, positions, mask, self.lm_config.sliding_window)
         if self.memory_norm is not None:
-            context = norm(context, self.memory_norm)
+            context = self._norm(context, self.memory_norm)
         seen = jnp.broadcast_to(context_mask[:, None, :], (*tokens.shape, context.shape[1]))
 
         def body(x: Array, block: HyperBlock) -> tuple[Array, None]:
@@ -113,11 +112,14 @@ class Hypernet(nnx.Module):
 
         x = jax.lax.scan(jax.checkpoint(body) if remat else body, x, self.blocks)[0][:, -1]
         if self.config.final_norm:
-            x = norm(x, self.final_norm)
+            x = self._norm(x, self.final_norm)
         if self.head_mlp is not None:
             x = gather(cast(self.head_mlp, dtype))(x)
         weight, bias = gather((self.head[...], self.head_bias[...]))
         return x.astype(jnp.float32) @ weight + bias
+
+    def _norm(self, x: Array, weight: nnx.Param) -> Array:
+        return rms_norm(x, gather(weight[...]), self.lm_config.norm_eps, self.lm_config.norm_offset)
 
 
 def init_hypernet(config: HypernetConfig, lm: LM, rngs: nnx.Rngs) -> Hypernet:

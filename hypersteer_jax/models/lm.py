@@ -197,7 +197,7 @@ class LM(nnx.Module):
 
     def unembed(self, residual: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits, float32, after the final norm and the final soft-cap."""
-        x = rms_norm(residual, self.final_norm[...], self.config.norm_eps, self.config.norm_offset)
+        x = rms_norm(residual, gather(self.final_norm[...]), self.config.norm_eps, self.config.norm_offset)
         head = self.embedding[...].T if self.head is None else self.head[...]
         logits = jnp.einsum("...d,dv->...v", x, gather(head), preferred_element_type=jnp.float32)
         cap = self.config.final_softcap

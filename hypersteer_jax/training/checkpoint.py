@@ -67,7 +67,7 @@ def open_checkpoints(run: Path) -> ocp.training.Checkpointer:
 
 def save(checkpoints: ocp.training.Checkpointer, step: int, state: Any, data: Any) -> None:
     """Starts saving in the background; the arrays are copied before it returns, so they may be donated."""
-    checkpoints.save_checkpointables_async(step, {"state": state, "data": data})
+    checkpoints.save_checkpointables_async(step, {"state": state, "data": data}, force=True)
 
 
 def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, mesh: Mesh, data: Any = None) -> Any:

@@ -9,8 +9,8 @@ import jax
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
-from rich.pretty import Pretty
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from hypersteer_jax.config import ConfigError, RunConfig, check, to_dict
 from hypersteer_jax.data.sources import load_base, load_data
@@ -31,13 +31,26 @@ def launch(config: RunConfig, resume: bool = False, console: Console | None = No
         _check_same(config, checkpoint.read_config(config.out))
     lm, prompter = load_base(config.lm, config.train.compute_dtype)
     check(config, lm.config)
-    console.print(Pretty(to_dict(config), expand_all=False), soft_wrap=True, style="dim")
+    console.print(config_table(config))
     if prompter.notice:
         console.print(prompter.notice)
     data = load_data(config, prompter, console.print)
     state = train_with_bar(config, lm, data, resume, console)
     console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
     return Steered(lm, prompter, state.hypernet, config)
+
+
+def config_table(config: RunConfig) -> Table:
+    """Every setting of the run, one row for each group of them."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(style="dim")
+    for group, values in to_dict(config).items():
+        shown = (
+            ", ".join(f"{key} {value}" for key, value in values.items()) if isinstance(values, dict) else str(values)
+        )
+        table.add_row(group, shown)
+    return table
 
 
 def train_with_bar(config: RunConfig, lm: Any, data: Any, resume: bool, console: Console) -> TrainState:

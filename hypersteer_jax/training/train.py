@@ -20,9 +20,9 @@ from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.models.hypernet import Hypernet, init_hypernet
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights
-from hypersteer_jax.steering import steered_logits
+from hypersteer_jax.steering import steered_residual
 from hypersteer_jax.training import checkpoint
-from hypersteer_jax.training.loss import response_loss
+from hypersteer_jax.training.loss import response_loss, response_nll
 from hypersteer_jax.training.metrics import MetricsLog
 
 Metrics = dict[str, Any]
@@ -62,8 +62,9 @@ def init_state(config: RunConfig, lm: LM) -> TrainState:
 
 def batch_loss(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[Array, Array]:
     """Loss of the steered base LM on the responses in nats, and how many tokens it is over."""
-    logits = steered_logits(hypernet, lm, batch, config.steering, config.train.remat)
-    return response_loss(logits, batch.response_tokens, batch.response_mask, config.train.loss)
+    residual = steered_residual(hypernet, lm, batch, config.steering, config.train.remat)
+    nll = response_nll(lm, residual, batch.response_tokens)
+    return response_loss(nll, batch.response_mask, config.train.loss)
 
 
 def train_step(state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[TrainState, Metrics]:

@@ -1,0 +1,150 @@
+"""Checkpoints: everything comes back exactly, on any mesh, and what cannot be read is said."""
+
+import dataclasses
+import gc
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SteeringConfig, TrainConfig
+from hypersteer_jax.data.pipeline import iterator
+from hypersteer_jax.sharding import make_mesh, weight_spec
+from hypersteer_jax.training import checkpoint
+from hypersteer_jax.training.checkpoint import CheckpointError, open_checkpoints, read_config, restore, save, write_config
+from hypersteer_jax.training.train import TrainState, init_state
+from tests.conftest import random_rows
+from tests.models.tiny import CONFIGS, random_lm
+
+LM = random_lm(CONFIGS["gemma2"])
+CONFIG = RunConfig(hypernet=HypernetConfig(blocks=2), steering=SteeringConfig(layers=(1,)))
+ROWS = random_rows([4] * 8, [10, 11, 12, 13] * 2, [3] * 8)  # four batches of two an epoch
+
+
+def abstract(config: RunConfig = CONFIG) -> TrainState:
+    return jax.eval_shape(partial(init_state, config), LM)
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    """A state in which every number is another, the moments and counters, too."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jax.numpy.asarray(rng.normal(size=x.shape) if x.shape else rng.integers(1, 99), x.dtype), abstract()
+    )
+
+
+def batches():
+    return iterator(ROWS, DataConfig(buckets=1), 2, seed=3)
+
+
+def saved(folder: Path, state: TrainState, steps: list[int]) -> None:
+    with open_checkpoints(folder) as checkpoints:
+        for step in steps:
+            save(checkpoints, step, state._replace(step=state.step * 0 + step), batches())
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 4}, {"data": 2, "fsdp": 2}], ids=str)
+def test_state_comes_back_exactly_on_any_mesh(tmp_path: Path, state: TrainState, axes: dict[str, int]) -> None:
+    saved(tmp_path, state, [7])
+    mesh = make_mesh(**axes)
+    with open_checkpoints(tmp_path) as checkpoints:
+        back = restore(checkpoints, abstract(), mesh)
+    assert int(back.step) == 7
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for ours, theirs in zip(jax.tree.leaves(back[1:]), jax.tree.leaves(state[1:]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+        assert ours.sharding.mesh == mesh
+        assert ours.sharding.spec == weight_spec(ours.shape, mesh)
+    split = [leaf for leaf in jax.tree.leaves(back) if not leaf.sharding.is_fully_replicated]
+    assert bool(split) == ("fsdp" in axes)
+
+
+def test_newest_of_the_last_three_comes_back(tmp_path: Path, state: TrainState) -> None:
+    saved(tmp_path, state, [1, 2, 5, 9])
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert [int(each.step) for each in checkpoints.checkpoints] == [2, 5, 9]
+        assert int(restore(checkpoints, abstract(), make_mesh()).step) == 9
+
+
+def test_data_goes_on_where_it_was(tmp_path: Path, state: TrainState) -> None:
+    data = batches()
+    for _ in range(3):
+        next(data)
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 3, state, data)
+        expected = [next(data) for _ in range(4)]  # through the end of an epoch
+    again = batches()
+    with open_checkpoints(tmp_path) as checkpoints:
+        restore(checkpoints, abstract(), make_mesh(), again)
+    for one, two in zip(expected, (next(again) for _ in range(4)), strict=True):
+        for left, right in zip(one, two, strict=True):
+            np.testing.assert_array_equal(left, right)
+    assert len({batch.tokens.tobytes() for batch in expected}) > 1
+
+
+def test_saving_does_not_wait_and_does_not_mind_donation(tmp_path: Path, state: TrainState) -> None:
+    copy = jax.tree.map(lambda x: x.copy(), state)
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, copy, batches())
+        jax.tree.map(lambda x: x.delete(), copy)  # what a step does to the buffers it is given
+    with open_checkpoints(tmp_path) as checkpoints:
+        back = restore(checkpoints, abstract(), make_mesh())
+    np.testing.assert_array_equal(back.hypernet.head[...], state.hypernet.head[...])
+
+
+def test_nothing_to_restore(tmp_path: Path) -> None:
+    with open_checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint yet"):
+        restore(checkpoints, abstract(), make_mesh())
+
+
+def test_other_shapes_are_refused(tmp_path: Path, state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # Orbax drops its other reads when one fails
+    saved(tmp_path, state, [4])
+    wider = dataclasses.replace(CONFIG, hypernet=HypernetConfig(blocks=3))
+    with open_checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"step 4 cannot be restored"):
+        restore(checkpoints, abstract(wider), make_mesh())
+    del checkpoints
+    gc.collect()
+
+
+def test_config_is_read_back_equal(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, out=tmp_path / "run", train=TrainConfig(factor_range=(0.5, 2.0), schedule="cosine"))
+    write_config(config.out, config)
+    assert read_config(config.out) == config
+    versions = json.loads((config.out / "config.json").read_text())["versions"]
+    assert set(versions) == set(checkpoint.PACKAGES)
+    assert versions["jax"] == jax.__version__
+    assert [path.name for path in config.out.iterdir()] == ["config.json"]  # no half-written file beside it
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"config": {"lm": ', "Expecting value"),
+        ('{"versions": {}}', "'config'"),
+        ("[1, 2]", "list indices"),
+        ('{"config": {"train": {"momentum": 0.9}}}', "unknown key momentum; TrainConfig has steps"),
+        ('{"config": {"train": {"steps": "many"}}}', r"train\.steps is 'many'"),
+    ],
+)
+def test_damaged_config(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"config\.json: not a config of this version .*{why}"):
+        read_config(tmp_path)
+
+
+def test_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere: no config\.json, so no run is stored here; give the `out` folder"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"out is .*file/run, which cannot be written .*give another folder"):
+        write_config(tmp_path / "file/run", CONFIG)

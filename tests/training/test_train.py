@@ -1,0 +1,283 @@
+"""Training on a tiny LM: the optimiser by hand, the step on one device and on eight, and runs that are interrupted."""
+
+import dataclasses
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SteeringConfig, TrainConfig
+from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.data.pipeline import BatchSource, collate, evaluation_batches, iterator, make_buckets
+from hypersteer_jax.data.sources import TrainData
+from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, weight_spec
+from hypersteer_jax.training.checkpoint import CheckpointError, open_checkpoints, restore
+from hypersteer_jax.training.train import (
+    EvalLoss,
+    Report,
+    TrainState,
+    evaluate_loss,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    train,
+    train_step,
+)
+from tests.conftest import random_rows
+from tests.models.tiny import CONFIGS, random_lm
+
+LM = random_lm(CONFIGS["gemma2"])
+ROWS = random_rows([4, 5, 6, 7] * 4, [9, 12, 14, 16] * 4, [3, 5, 4, 6] * 4)
+DATA = DataConfig(buckets=1)
+CONFIG = RunConfig(
+    hypernet=HypernetConfig(blocks=1),
+    steering=SteeringConfig(layers=(1,)),
+    data=DATA,
+    train=TrainConfig(
+        steps=4, batch=4, learning_rate=1e-2, factor_range=(0.5, 1.5), compute_dtype="float32", eval_every=2, save_every=2
+    ),
+)
+
+
+def having(config: RunConfig, **settings: Any) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+
+
+def assert_same(one: Any, two: Any) -> None:
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+# Schedules and the optimiser
+
+
+@pytest.mark.parametrize(
+    ("schedule", "halfway", "end"), [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)]
+)
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_learning_rate(schedule: str, halfway: float, end: float, warmup: int) -> None:
+    rate = learning_rate(TrainConfig(steps=110 - (10 - warmup), learning_rate=2.0, schedule=schedule, warmup=warmup))
+    for step in range(warmup):
+        assert float(rate(step)) == pytest.approx(2.0 * step / warmup)
+    assert float(rate(warmup)) == pytest.approx(2.0)
+    assert float(rate(warmup + 50)) == pytest.approx(2.0 * halfway)
+    assert float(rate(warmup + 100)) == pytest.approx(2.0 * end, abs=1e-7)
+
+
+def test_cosine_is_not_linear() -> None:
+    rate = learning_rate(TrainConfig(steps=100, learning_rate=1.0, schedule="cosine"))
+    assert float(rate(25)) == pytest.approx((1 + np.cos(np.pi / 4)) / 2, rel=1e-6)
+
+
+def test_clip_and_adamw_by_hand() -> None:
+    config = TrainConfig(steps=10, learning_rate=0.1, clip=1.0, weight_decay=0.2)
+    optimizer = make_optimizer(config)
+    weights = {"a": np.array([1.0, -2.0]), "b": np.array([[3.0]])}
+    state = optimizer.init(jax.tree.map(jnp.float32, weights))
+    m, v = ({name: 0 * w for name, w in weights.items()} for _ in range(2))
+    steps = ({"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}, {"a": np.array([0.3, 0.1]), "b": np.array([[-0.2]])})
+    for index, gradient in enumerate(steps):  # the first is clipped from 5 to 1, the second is not
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, jax.tree.map(jnp.float32, weights))
+        norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradient.values()))
+        rate = 0.1 * (1 - index / 10)
+        for name, g in gradient.items():
+            g = g / max(norm, 1.0)
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.999 * v[name] + 0.001 * g**2
+            corrected = m[name] / (1 - 0.9 ** (index + 1)), v[name] / (1 - 0.999 ** (index + 1))
+            expected = -rate * (corrected[0] / (np.sqrt(corrected[1]) + 1e-8) + 0.2 * weights[name])
+            np.testing.assert_allclose(updates[name], expected, rtol=1e-4, atol=1e-8)
+            weights[name] = weights[name] + expected
+
+
+# One step
+
+ONE_BATCH = having(CONFIG, steps=1000, batch=8)
+BATCH = collate(ROWS, np.arange(8), make_buckets(ROWS, 1)[0])
+step_fn = jax.jit(partial(train_step, config=ONE_BATCH))
+
+
+@pytest.fixture(scope="module")
+def start() -> TrainState:
+    return jax.jit(partial(init_state, ONE_BATCH))(LM)
+
+
+def test_loss_falls(start: TrainState) -> None:
+    state, losses = start, []
+    for index in range(20):
+        state, metrics = step_fn(state, LM, BATCH)
+        losses.append(float(metrics["loss"]))
+        assert int(state.step) == index + 1
+        assert int(metrics["tokens"]) == BATCH.response_mask.sum()
+        assert float(metrics["learning_rate"]) == pytest.approx(1e-2 * (1 - index / 1000), rel=1e-5)
+    assert np.mean(losses[-3:]) < 0.8 * losses[0], losses
+    assert_same(LM, random_lm(CONFIGS["gemma2"]))
+
+
+def test_step_is_pure(start: TrainState) -> None:
+    before = jax.tree.map(np.array, start)
+    one, two = step_fn(start, LM, BATCH), step_fn(start, LM, BATCH)
+    assert_same(one, two)
+    assert_same(start, before)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one[0].hypernet, start.hypernet)
+    assert sorted(jax.tree.leaves(moved))[1] > 0  # every leaf but the final norm, which is not used
+
+
+def test_factor_is_sampled_by_step(start: TrainState) -> None:
+    later = start._replace(step=start.step + 1)
+    losses = [float(step_fn(state, LM, BATCH)[1]["loss"]) for state in (start, later)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+    unsteered = [
+        float(step_fn(state, LM, BATCH._replace(factor=0 * BATCH.factor))[1]["loss"]) for state in (start, later)
+    ]
+    assert unsteered[0] == unsteered[1]  # the sample multiplies each row's own factor
+
+
+def test_eight_devices_do_what_one_does(start: TrainState) -> None:
+    alone, told = step_fn(start, LM, BATCH)
+    mesh = make_mesh(data=2, fsdp=4)
+    with jax.set_mesh(mesh):
+        state, lm, batch = shard_weights(start, mesh), shard_weights(LM, mesh), shard_batch(BATCH, mesh)
+        assert batch.tokens.addressable_shards[0].data.shape[0] == 1
+        together, metrics = step_fn(state, lm, batch)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(float(metrics[name]), float(told[name]), rtol=1e-5)
+    assert int(metrics["tokens"]) == int(told["tokens"])
+    ours, theirs = adam(together), adam(alone)
+    largest = max(float(jnp.abs(m).max()) for m in jax.tree.leaves(theirs.mu))
+    for one, two in zip(jax.tree.leaves(ours.mu), jax.tree.leaves(theirs.mu), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5 * largest, rtol=1e-5)  # a tenth of the clipped gradient
+    for tree in (together.hypernet, ours.mu, ours.nu):
+        for leaf in jax.tree.leaves(tree):
+            assert leaf.sharding.spec == weight_spec(leaf.shape, mesh), leaf.shape
+    per_device = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(ours))
+    assert per_device < 0.27 * sum(leaf.size for leaf in jax.tree.leaves(ours))  # a quarter, and what cannot be split
+
+
+def adam(state: TrainState) -> Any:
+    [moments] = [part for part in jax.tree.leaves(state.opt_state, is_leaf=has_moments) if has_moments(part)]
+    return moments
+
+
+def has_moments(part: Any) -> bool:
+    return hasattr(part, "mu")
+
+
+# Runs
+
+
+def data(rows: Any = ROWS, evaluate: bool = False) -> TrainData:
+    return TrainData(iterator(rows, DATA, 4, seed=0), {"held-in": evaluation_batches(ROWS, 4, 2)} if evaluate else {})
+
+
+def metrics_of(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+class Run(NamedTuple):
+    config: RunConfig
+    state: TrainState
+    data: TrainData
+    reports: list[Report]
+
+
+class Stop(Exception):
+    """What kills a run in these tests."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    config = dataclasses.replace(CONFIG, out=tmp_path_factory.mktemp("whole") / "run")
+    stream, reports = data(evaluate=True), []
+    return Run(config, train(config, LM, stream, report=reports.append), stream, reports)
+
+
+def test_run_leaves_metrics_and_reports(whole: Run) -> None:
+    rows = metrics_of(whole.config.out)
+    assert [row["step"] for row in rows] == [0, 1, 1, 2, 3, 3]
+    steps, evaluations = ([row for row in rows if (name in row)] for name in ("loss", "evaluation"))
+    assert [row["learning_rate"] for row in steps] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+    assert [report.loss for report in whole.reports if not report.evaluation] == [row["loss"] for row in steps]
+    assert [report.step for report in whole.reports] == [1, 2, 2, 3, 4, 4]
+    first, last = (row["evaluation"]["held-in"] for row in evaluations)
+    assert first["unsteered"] == last["unsteered"]  # the base LM is frozen
+    assert last["steered"] < first["steered"]
+    assert_same(LM, random_lm(CONFIGS["gemma2"]))  # still there, though the state is donated at every step
+
+
+def test_interrupted_run_goes_on_bitwise(whole: Run, tmp_path: Path) -> None:
+    config = dataclasses.replace(whole.config, out=tmp_path / "run")
+
+    def kill(report: Report) -> None:
+        if report.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, LM, data(), report=kill)
+    assert [row["step"] for row in metrics_of(config.out)] == [0, 1, 1, 2]  # one step beyond the checkpoint
+    stream, steps = data(), []
+    state = train(config, LM, stream, resume=True, report=lambda report: steps.append(report.step))
+    assert steps == [3, 4, 4]
+    assert jax.tree.structure(state) == jax.tree.structure(whole.state)
+    assert_same(state, whole.state)
+    assert int(state.step) == 4
+    assert_same(next(stream.batches), next(whole.data.batches))
+    expected = metrics_of(whole.config.out)
+    for row in expected:
+        if "evaluation" in row:
+            row["evaluation"] = {}  # of the run that was not interrupted only, as is its compilation
+    assert metrics_of(config.out) == expected
+
+
+def test_folder_that_holds_a_run_is_refused(whole: Run) -> None:
+    before = metrics_of(whole.config.out)
+    with pytest.raises(CheckpointError, match=r"run, which holds a run; continue it with --resume or give another folder"):
+        train(whole.config, LM, data())
+    assert metrics_of(whole.config.out) == before
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        train(dataclasses.replace(CONFIG, out=tmp_path / "run"), LM, data(), resume=True)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    source = BatchSource(ROWS, tuple(make_buckets(ROWS, 1)), 4, seed=0)
+    order = [source[index] for index in range(4)]
+    bad = next(row for row, tokens in enumerate(ROWS.tokens) if (order[2].tokens[0, : len(tokens)] == tokens).all())
+    factors = ROWS.factors.copy()
+    factors[bad] = np.nan
+    config = dataclasses.replace(CONFIG, out=tmp_path / "run")
+    with pytest.raises(FloatingPointError, match=r"step 2 has loss nan .*saved in .*not_finite_step2\.npz") as error:
+        train(config, LM, data(dataclasses.replace(ROWS, factors=factors)))
+    assert "lower train.learning_rate" in str(error.value)
+    stored = SteeringBatch(**np.load(config.out / "not_finite_step2.npz"))
+    assert_same(stored._replace(factor=order[2].factor), order[2])
+    assert np.isnan(stored.factor).tolist() == [True, False, False, False]
+    assert [row["step"] for row in metrics_of(config.out)] == [0, 1, 1]
+    with open_checkpoints(config.out) as checkpoints:
+        state = restore(checkpoints, jax.eval_shape(partial(init_state, config), LM), make_mesh())
+    assert int(state.step) == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_evaluation_is_a_mean_over_tokens() -> None:
+    values = itertools.count(1)
+
+    def loss(hypernet: Any, lm: Any, batch: SteeringBatch) -> tuple[float, int]:
+        return float(batch.factor[0]) * 10 + next(values), 1 if next_is_first(batch) else 3
+
+    def next_is_first(batch: SteeringBatch) -> bool:
+        return batch.tokens[0, 0] == BATCH.tokens[0, 0]
+
+    second = BATCH._replace(tokens=BATCH.tokens[::-1])
+    found = evaluate_loss(loss, None, LM, [BATCH, second])
+    assert found == EvalLoss(steered=(11 * 1 + 13 * 3) / 4, unsteered=(2 * 1 + 4 * 3) / 4)
+    assert evaluate_loss(loss, None, LM, []) == EvalLoss(0.0, 0.0)
