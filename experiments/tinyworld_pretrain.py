@@ -29,6 +29,7 @@ from hypersteer_jax.evaluation.protocol import GROUPS, make_trials
 from hypersteer_jax.generation import decode, left_pad
 from hypersteer_jax.models.lm import LM, cast, ranks
 from hypersteer_jax.models.weights import load_lm, save_lm
+from hypersteer_jax.training.loss import response_nll
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "\n"]
 TEMPLATE = (
@@ -140,13 +141,46 @@ def batches(tokenizer, documents, rows: int):
         yield tokens, index, targets
 
 
-def loss(lm: LM, tokens, index, targets) -> jax.Array:
-    """Mean cross-entropy of the scored tokens in nats."""
+def loss(lm: LM, tokens, index, targets, offset=None) -> jax.Array:
+    """Mean cross-entropy of the scored tokens in nats; `offset [rows, layers, D]` is added behind each block."""
     mask = tokens != 0
-    residual = lm.run(lm.embed(tokens), ranks(mask), mask, 0, lm.config.layers)
-    logits = lm.unembed(jnp.take_along_axis(residual, index[..., None], axis=1))
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    residual, positions = lm.embed(tokens), ranks(mask)
+    if offset is None:
+        residual = lm.run(residual, positions, mask, 0, lm.config.layers)
+    else:
+        for layer in range(lm.config.layers):
+            residual = lm.run(residual, positions, mask, layer, layer + 1) + offset[:, layer, None]
+    nll = response_nll(lm, jnp.take_along_axis(residual, index[..., None], axis=1), targets)
     return jnp.sum(nll * (targets != 0)) / jnp.sum(targets != 0)
+
+
+def pretrain(lm: LM, stream, steps: int, learning_rate: float, noise: float) -> LM:
+    """AdamW with warm-up and cosine decay.
+
+    With `noise`, every document has an offset of its own added to the residual behind one random block, the same at all
+    its positions, of a random direction and of up to `noise` per channel. A large LM shrugs such offsets off because a
+    direction is one of thousands; this one has 128, and has to learn it, or any steering vector breaks its sentences.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps, learning_rate * 0.02)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
+
+    @jax.jit
+    def step(lm, state, batch, index):
+        size, which, direction = jax.random.split(jax.random.fold_in(jax.random.key(0), index), 3)
+        rows, (layers, width) = batch[0].shape[0], (lm.config.layers, lm.config.width)
+        scale = noise * jax.random.uniform(size, (rows, 1, 1))
+        scale *= jax.nn.one_hot(jax.random.randint(which, (rows,), 0, layers), layers)[..., None]
+        offset = scale * jax.random.normal(direction, (rows, layers, width)) if noise else None
+        value, grads = jax.value_and_grad(loss)(lm, *batch, offset)
+        updates, state = optimizer.update(grads, state, lm)
+        return optax.apply_updates(lm, updates), state, value
+
+    state, start = optimizer.init(lm), time.time()
+    for index in range(steps):
+        lm, state, value = step(lm, state, next(stream), index)
+        if index % 50 == 0 or index == steps - 1:
+            print(f"step {index}  loss {value:.4f}  {time.time() - start:.0f} s", flush=True)
+    return lm
 
 
 def answers(lm: LM, prompter: Prompter, prompts: list[str]) -> list[str]:
@@ -190,11 +224,12 @@ def figures(lm: LM, prompter: Prompter, bounds: Bounds) -> list[str]:
 
 REPORT = """# The tiny world's base LM
 
-`python experiments/tinyworld_pretrain.py --out runs/tinyworld_lm --steps {steps} --rows {rows} --learning-rate {rate}`
+    python experiments/tinyworld_pretrain.py --out runs/tinyworld_lm --steps {steps} --noise-steps {noise_steps} \\
+        --noise {noise} --rows {rows} --learning-rate {rate}
 
 Gemma-2 architecture, {parameters:,} parameters, vocabulary {vocab}, float32 training, stored in bfloat16; jax {jax}.
-Loss on fresh documents of the corpus: {loss:.3f} nats per scored token. {steps} steps of {rows} documents took
-{minutes:.0f} minutes on 2 cores that did other work as well.
+Loss on fresh documents of the corpus: {loss:.3f} nats per scored token. {steps} + {noise_steps} steps of {rows}
+documents took {minutes:.0f} minutes on 2 cores that did other work as well.
 
 How it answers, sampled at temperature 1, rated 0 to 2 by the tiny world's judge (32 concepts a group, 4 instructions
 each):
@@ -212,7 +247,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--noise-steps", type=int, default=900)
+    parser.add_argument("--noise", type=float, default=2.0)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -228,25 +265,13 @@ def main() -> None:
     count = sum(w.size for w in jax.tree.leaves(lm))
     print(f"vocabulary {config.vocab}, parameters {count:,}", flush=True)
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, 100, args.steps, args.learning_rate * 0.02)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
-
-    @jax.jit
-    def step(lm, state, batch):
-        value, grads = jax.value_and_grad(loss)(lm, *batch)
-        updates, state = optimizer.update(grads, state, lm)
-        return optax.apply_updates(lm, updates), state, value
-
-    state = optimizer.init(lm)
-    stream = batches(tokenizer, corpus(args.seed + 1), args.rows)
     start = time.time()
-    for index in range(args.steps):
-        lm, state, value = step(lm, state, next(stream))
-        if index % 50 == 0 or index == args.steps - 1:
-            print(f"step {index}  loss {value:.4f}  {time.time() - start:.0f} s", flush=True)
+    lm = pretrain(lm, batches(tokenizer, corpus(args.seed + 1), args.rows), args.steps, args.learning_rate, 0.0)
+    lm = cast(cast(lm, jnp.bfloat16), jnp.float32)  # as if it had been saved in between
+    stream = batches(tokenizer, corpus(args.seed + 3), args.rows)
+    lm = pretrain(lm, stream, args.noise_steps, args.learning_rate / 2, args.noise)
     save_lm(cast(lm, jnp.bfloat16), args.out)
-    minutes = (time.time() - start) / 60
-    report(args, count, minutes)
+    report(args, count, (time.time() - start) / 60)
 
 
 def report(args: argparse.Namespace, parameters: int, minutes: float) -> None:
@@ -259,6 +284,8 @@ def report(args: argparse.Namespace, parameters: int, minutes: float) -> None:
     (args.out / "fluency.json").write_text(json.dumps(bounds._asdict()) + "\n")
     text = REPORT.format(
         steps=args.steps,
+        noise_steps=args.noise_steps,
+        noise=args.noise,
         rows=args.rows,
         rate=args.learning_rate,
         parameters=parameters,

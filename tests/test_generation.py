@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from hypersteer_jax import generation
 from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.prompts import Prompter
@@ -99,9 +100,15 @@ def test_other_settings_too(model: Steered, tokens: list[list[int]]) -> None:
     assert complete(model, REQUESTS, GREEDY) == [text_of(row) for row in expected]
 
 
-def test_positions_of_inference_matter() -> None:
-    skipping = naive(steered(inference_positions="after_prefix"), REQUESTS)
-    assert skipping[:3] != naive(MODEL, REQUESTS)[:3]
+@pytest.mark.parametrize(("positions", "first"), [("all", 0), ("after_prefix", 4)])
+def test_positions_of_inference(positions: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(hypernet, lm, tokens, mask, where, *rest, **settings):
+        np.testing.assert_array_equal(where, mask & (np.cumsum(mask, axis=1) - 1 >= first))
+        assert mask.sum(1).tolist() == [11, 14, 10, 10]
+        return np.full((4, 1), IDS["sea"]), where[:, -1:]
+
+    monkeypatch.setattr(generation, "_complete", written)
+    assert complete(steered(inference_positions=positions), REQUESTS, GREEDY) == ["sea"] * 4
 
 
 def test_without_factor_or_concept_the_base_lm_answers() -> None:
@@ -123,12 +130,18 @@ def test_without_factor_or_concept_the_base_lm_answers() -> None:
 
 
 def test_end_stops_a_row_and_is_left_out(tokens: list[list[int]]) -> None:
-    end = tokens[0][2]
+    def cut_at(end: int) -> list[list[int]]:
+        return [row[: row.index(end)] if end in row else row for row in tokens]
+
+    def lengths(end: int) -> list[int]:
+        return sorted(len(row) for row in cut_at(end))
+
+    # one row ends at once, one later, and one not at all
+    end = next(token for token in range(len(VOCABULARY)) if lengths(token)[0] == 0 < lengths(token)[1] < NEW)
+    cut = cut_at(end)
+    assert lengths(end)[-1] == NEW
     model = MODEL._replace(prompter=copy.copy(MODEL.prompter))
     model.prompter.end_id = end
-    cut = [row[: row.index(end)] if end in row else row for row in tokens]
-    assert any(len(row) == NEW for row in cut)  # the others go on
-    assert len(cut[0]) < NEW
     assert complete(model, REQUESTS, GREEDY) == [text_of(row) for row in cut]
 
 
@@ -139,7 +152,7 @@ def test_text_does_not_depend_on_the_batch(temperature: float) -> None:
     texts = complete(MODEL, requests, decoding)
     assert complete(MODEL, requests[::-1], decoding) == texts[::-1]
     assert complete(MODEL, requests[2:3], decoding) == texts[2:3]  # a short batch
-    assert complete(MODEL, requests + requests[:2], decoding) == texts + texts[:2]  # two batches
+    assert complete(MODEL, requests + requests[2:], decoding) == texts + texts[2:]  # two batches
     longer = Request("a b c d a b c d a b", "a b c d a b c d a b", 1.0)  # more padding for all others
     assert complete(MODEL, [requests[1], longer, requests[0]], decoding)[::2] == [texts[1], texts[0]]
 

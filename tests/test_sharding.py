@@ -7,7 +7,16 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from hypersteer_jax.sharding import BATCH, batch_spec, gather, make_mesh, mesh_is_set, shard_batch, shard_weights, weight_spec
+from hypersteer_jax.sharding import (
+    BATCH,
+    batch_spec,
+    gather,
+    make_mesh,
+    mesh_is_set,
+    shard_batch,
+    shard_weights,
+    weight_spec,
+)
 
 
 def test_mesh_has_three_explicit_axes() -> None:

@@ -105,7 +105,7 @@ def test_logits_before_the_first_steered_position_are_the_base_lms() -> None:
 
 @pytest.mark.parametrize("config", [ONE, SteeringConfig((1,), context="leaving")], ids=["entering", "leaving"])
 def test_vector_is_blind_to_the_response(config: SteeringConfig) -> None:
-    response = BATCH.mask & (COLUMNS >= np.array(PROMPTS)[:, None])
+    response = BATCH.mask & (np.array(PROMPTS)[:, None] <= COLUMNS)
     other = BATCH._replace(tokens=np.where(response, 96 - BATCH.tokens, BATCH.tokens))
     assert (other.tokens != BATCH.tokens).sum() > 15
     np.testing.assert_array_equal(vectors(NET, BASE, BATCH, config), vectors(NET, BASE, other, config))
@@ -160,7 +160,8 @@ def test_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_padding_changes_nothing_in_true_positions() -> None:
     scribbled = BATCH._replace(
-        tokens=np.where(BATCH.mask, BATCH.tokens, 50), concept_tokens=np.where(BATCH.concept_mask, BATCH.concept_tokens, 60)
+        tokens=np.where(BATCH.mask, BATCH.tokens, 50),
+        concept_tokens=np.where(BATCH.concept_mask, BATCH.concept_tokens, 60),
     )
     before = np.asarray(logits(NET, BASE, BATCH, config=ONE))
     after = np.asarray(logits(NET, BASE, scribbled, config=ONE))
@@ -171,8 +172,8 @@ def test_padding_changes_nothing_in_true_positions() -> None:
 
 
 def test_padding_changes_vectors_in_padded_positions_as_in_the_release() -> None:
-    config = dataclasses.replace(NET.config, positions="padded")
-    moved = np.abs(vectors(NET, BASE, BATCH, ONE) - vectors(random_hypernet(config, BASE.config), BASE, BATCH, ONE)).max(1)
+    padded = random_hypernet(dataclasses.replace(NET.config, positions="padded"), BASE.config)  # the same weights
+    moved = np.abs(vectors(NET, BASE, BATCH, ONE) - vectors(padded, BASE, BATCH, ONE)).max(axis=1)
     assert CONCEPTS[1] == 8  # not padded
     assert moved[1] < 1e-5
     assert moved[[0, 2]].min() > 0.01
@@ -186,7 +187,8 @@ CASES = {
     "leaving": SteeringConfig(layers=(1,), context="leaving"),
     "leaving, several": SteeringConfig(layers=(0, 1, 3), context="leaving"),
 }
-run_block = jax.jit(lambda lm, x, block: lm.run(x, COLUMNS[None] + 0 * BATCH.tokens, BATCH.mask, block, block + 1), static_argnums=2)
+POSITIONS = np.broadcast_to(COLUMNS, BATCH.tokens.shape)
+run_block = jax.jit(lambda lm, x, block: lm.run(x, POSITIONS, BATCH.mask, block, block + 1), static_argnums=2)
 unembed = jax.jit(LM.unembed)
 write_vectors = jax.jit(Hypernet.__call__)
 
@@ -213,7 +215,8 @@ def test_equals_a_computation_in_separate_passes(config: SteeringConfig) -> None
 
 
 def test_context_is_read_at_the_first_steered_block() -> None:
-    assert [lower_blocks(CASES[name]) for name in ("last block", "several", "leaving", "leaving, several")] == [3, 1, 2, 1]
+    names = ("last block", "several", "leaving", "leaving, several")
+    assert [lower_blocks(CASES[name]) for name in names] == [3, 1, 2, 1]
 
 
 def run_config(net: HypernetConfig, remat: bool = False) -> RunConfig:

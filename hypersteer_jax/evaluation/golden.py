@@ -30,6 +30,16 @@ from hypersteer_jax.training.train import TrainState, batch_loss, make_optimizer
 
 FORWARD, GRADIENT, STEP, RUN = 1e-5, 1e-4, 5e-5, 2e-5  # relative errors allowed; see `compare`
 
+OUTPUTS = (
+    "out.context",
+    "out.vector",
+    "out.vector_unpadded",
+    "out.base_logits",
+    "out.steered_logits",
+    "in.factor",
+    "out.steered_logits_factor",
+)
+
 
 class GoldenError(ValueError):
     """A golden case cannot be read."""
@@ -93,13 +103,17 @@ def load_golden(directory: Path) -> Golden:
                 compute_dtype="float32",
             ),
         )
+        missing = [name for name in OUTPUTS if name not in tensors]
+        missing += [name for name in ("losses", "grad_norms", "unused_parameters") if name not in meta]
+        if missing:
+            raise GoldenError(f"{directory}: the golden case lacks {', '.join(missing)}; record it again")
         return Golden(meta, tensors, lm, _batch(tensors), config)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise GoldenError(
             f"{directory}: not a golden case ({error}); give a directory with golden.json and .safetensors"
         ) from error
     except KeyError as error:
-        raise GoldenError(f"{directory}: the golden case lacks {error}; record it again") from error
+        raise GoldenError(f"{directory}: golden.json lacks {error}; record the case again") from error
 
 
 def _batch(tensors: dict[str, np.ndarray]) -> SteeringBatch:

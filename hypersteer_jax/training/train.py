@@ -1,5 +1,6 @@
 """Training: the state, one pure step, and the loop around it."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -141,7 +142,7 @@ def train(
         )
     checkpoint.write_config(out, config)
     mesh = make_mesh()
-    with jax.set_mesh(mesh), checkpoint.open_checkpoints(out) as checkpoints:
+    with jax.set_mesh(mesh), checkpoint.open_checkpoints(out) as checkpoints, contextlib.ExitStack() as stack:
         lm = shard_weights(lm, mesh)
         init = partial(init_state, config)
         if resume:
@@ -153,6 +154,7 @@ def train(
         evaluation = {name: [shard_batch(b, mesh) for b in rows] for name, rows in data.evaluation.items()}
         start = int(state.step)
         log = MetricsLog(out / "metrics.jsonl", start)
+        stack.callback(log.close)
         clock = time.perf_counter()
 
         def settle(index: int, metrics: Metrics, batch: SteeringBatch) -> None:
@@ -189,7 +191,6 @@ def train(
                 if report is not None:
                     report(Report(done, metrics["loss"].item(), 0.0, losses))
             clock = time.perf_counter()
-        log.close()
     return state
 
 

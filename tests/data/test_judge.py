@@ -42,7 +42,8 @@ PIRATE = Manner("pirate", ("pirates",) * 3, ("Arr, matey!",), ("Arr, aye!",), ("
 MOON = Subject("the moon", ("moon", "tides", "silver"), ("The moon is silver.",))
 TOPIC, MANNER, PAIR = Concept(SAILING, None), Concept(None, PIRATE), Concept(SAILING, PIRATE)
 WORLD = load_world()
-ALL = [c for kind in ("topic", "manner", "pair") for split in ("train", "held_out") for c in concepts(WORLD, kind, split)]
+KINDS, SPLITS = ("topic", "manner", "pair"), ("train", "held_out")
+ALL = [concept for kind in KINDS for split in SPLITS for concept in concepts(WORLD, kind, split)]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,14 @@ from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, Steerin
 from hypersteer_jax.data.pipeline import iterator
 from hypersteer_jax.sharding import make_mesh, weight_spec
 from hypersteer_jax.training import checkpoint
-from hypersteer_jax.training.checkpoint import CheckpointError, open_checkpoints, read_config, restore, save, write_config
+from hypersteer_jax.training.checkpoint import (
+    CheckpointError,
+    open_checkpoints,
+    read_config,
+    restore,
+    save,
+    write_config,
+)
 from hypersteer_jax.training.train import TrainState, init_state
 from tests.conftest import random_rows
 from tests.models.tiny import CONFIGS, random_lm
@@ -99,7 +106,10 @@ def test_saving_does_not_wait_and_does_not_mind_donation(tmp_path: Path, state: 
 
 
 def test_nothing_to_restore(tmp_path: Path) -> None:
-    with open_checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint yet"):
+    with (
+        open_checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint yet"),
+    ):
         restore(checkpoints, abstract(), make_mesh())
 
 
@@ -114,7 +124,9 @@ def test_other_shapes_are_refused(tmp_path: Path, state: TrainState, monkeypatch
 
 
 def test_config_is_read_back_equal(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, out=tmp_path / "run", train=TrainConfig(factor_range=(0.5, 2.0), schedule="cosine"))
+    config = dataclasses.replace(
+        CONFIG, out=tmp_path / "run", train=TrainConfig(factor_range=(0.5, 2.0), schedule="cosine")
+    )
     write_config(config.out, config)
     assert read_config(config.out) == config
     versions = json.loads((config.out / "config.json").read_text())["versions"]
@@ -140,7 +152,9 @@ def test_damaged_config(tmp_path: Path, text: str, why: str) -> None:
 
 
 def test_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere: no config\.json, so no run is stored here; give the `out` folder"):
+    with pytest.raises(
+        CheckpointError, match=r"nowhere: no config\.json, so no run is stored here; give the `out` folder"
+    ):
         read_config(tmp_path / "nowhere")
 
 

@@ -40,7 +40,13 @@ CONFIG = RunConfig(
     steering=SteeringConfig(layers=(1,)),
     data=DATA,
     train=TrainConfig(
-        steps=4, batch=4, learning_rate=1e-2, factor_range=(0.5, 1.5), compute_dtype="float32", eval_every=2, save_every=2
+        steps=4,
+        batch=4,
+        learning_rate=1e-2,
+        factor_range=(0.5, 1.5),
+        compute_dtype="float32",
+        eval_every=2,
+        save_every=2,
     ),
 )
 
@@ -83,7 +89,9 @@ def test_clip_and_adamw_by_hand() -> None:
     m, v = ({name: 0 * w for name, w in weights.items()} for _ in range(2))
     steps = ({"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}, {"a": np.array([0.3, 0.1]), "b": np.array([[-0.2]])})
     for index, gradient in enumerate(steps):  # the first is clipped from 5 to 1, the second is not
-        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, jax.tree.map(jnp.float32, weights))
+        updates, state = optimizer.update(
+            jax.tree.map(jnp.float32, gradient), state, jax.tree.map(jnp.float32, weights)
+        )
         norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradient.values()))
         rate = 0.1 * (1 - index / 10)
         for name, g in gradient.items():
@@ -238,7 +246,9 @@ def test_interrupted_run_goes_on_bitwise(whole: Run, tmp_path: Path) -> None:
 
 def test_folder_that_holds_a_run_is_refused(whole: Run) -> None:
     before = metrics_of(whole.config.out)
-    with pytest.raises(CheckpointError, match=r"run, which holds a run; continue it with --resume or give another folder"):
+    with pytest.raises(
+        CheckpointError, match=r"run, which holds a run; continue it with --resume or give another folder"
+    ):
         train(whole.config, LM, data())
     assert metrics_of(whole.config.out) == before
 

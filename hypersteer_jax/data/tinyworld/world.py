@@ -71,7 +71,7 @@ TOPIC_SENTENCES = (
 
 
 class Topic(NamedTuple):
-    """`names`: three phrasings; `words`: twelve nouns that occur in no other topic, subject, manner or frame."""
+    """`names`: three phrasings; `words`: twelve nouns that no other topic's words, no subject, opener, closer or frame holds."""
 
     name: str
     names: tuple[str, ...]
