@@ -12,6 +12,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -22,7 +23,7 @@ from hypersteer_jax.training.launch import launch
 
 VARIANTS = ("cross_attention", "in_context", "no_context")
 SEEDS = (0, 1, 2)
-CONCEPTS, INSTRUCTIONS = 32, 4
+CONCEPTS, INSTRUCTIONS = 24, 4
 
 
 def main() -> None:
@@ -64,7 +65,9 @@ def report(scores: dict[str, list[dict]], steps: int) -> str:
         "",
         f"`python experiments/tinyworld_variants.py --out runs/variants`: {len(SEEDS)} seeds, {steps} steps of batch "
         f"{train.batch}, {train.compute_dtype}, {CONCEPTS} concepts a group, {INSTRUCTIONS} instructions a concept "
-        "(half choose the factor, half score), sampling at temperature 1. Scores are harmonic means of concept, "
+        "(half choose the factor, half score), sampling at temperature 1; jax "
+        + jax.__version__
+        + ", CPU. Scores are harmonic means of concept, "
         "instruction and fluency, 0 to 2: mean over seeds (lowest seed to highest seed).",
         "",
         "| | " + " | ".join(GROUPS) + " |",

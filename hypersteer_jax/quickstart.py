@@ -12,7 +12,7 @@ from hypersteer_jax.evaluation.protocol import FACTORS, make_trials, run_trials,
 from hypersteer_jax.evaluation.report import pick_examples, plot_factors, score_table, side_by_side, write_summary
 from hypersteer_jax.training.launch import launch
 
-CONCEPTS, INSTRUCTIONS = 32, 4  # concepts in each of the four groups, and instructions each of them meets
+CONCEPTS, INSTRUCTIONS = 24, 4  # concepts in each of the four groups, and instructions each of them meets
 
 
 def run_quickstart(out: Path, steps: int | None, seed: int) -> None:

@@ -30,8 +30,9 @@ Group = Literal["held-in", "unseen topics", "unseen pairs", "unseen phrasings"]
 GROUPS: tuple[Group, ...] = ("held-in", "unseen topics", "unseen pairs", "unseen phrasings")
 UNSTEERED, PROMPTING, WRONG_PROMPT = "unsteered", "prompting", "wrong prompt"
 HYPERSTEER_CHOSEN, HYPERSTEER_ONE = "HyperSteer, chosen factor", "HyperSteer, factor 1"
-FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-RESAMPLES = 2000
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5)
+DECODING = Decoding(max_new=48, temperature=1.0)  # AxBench's temperature; answers have at most 40 tokens
+RESAMPLES = 2000  # of the bootstrap
 
 
 class Trial(NamedTuple):
@@ -100,7 +101,7 @@ def run_trials(
     model: Steered,
     trials: list[Trial],
     factors: Sequence[float] = FACTORS,
-    decoding: Decoding = Decoding(max_new=64),  # noqa: B008 (immutable)
+    decoding: Decoding = DECODING,
     report: Callable[[str], None] | None = None,
 ) -> Results:
     """Generates and judges everything. The wrong-prompt control runs at factor 1."""

@@ -71,7 +71,7 @@ TOPIC_SENTENCES = (
 
 
 class Topic(NamedTuple):
-    """`names`: three phrasings; `words`: twelve nouns that no other topic's words, no subject, opener, closer or frame holds."""
+    """Three phrasings, and twelve nouns that no other topic, subject, opener, closer or frame holds."""
 
     name: str
     names: tuple[str, ...]
