@@ -6,6 +6,7 @@ length, the second the tokens.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def load_tokenizer(path: Path) -> Any:
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; give a folder with tokenizer files")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that there is no torch, which is intended
     if any((path / name).exists() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
         from transformers import AutoTokenizer
 

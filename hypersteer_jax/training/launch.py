@@ -15,6 +15,7 @@ from rich.table import Table
 from hypersteer_jax.config import ConfigError, RunConfig, check, to_dict
 from hypersteer_jax.data.sources import load_base, load_data
 from hypersteer_jax.generation import Decoding, Request, Steered, complete
+from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.sharding import make_mesh
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.train import Report, TrainState, init_state, train
@@ -37,7 +38,12 @@ def launch(config: RunConfig, resume: bool = False, console: Console | None = No
     data = load_data(config, prompter, console.print)
     state = train_with_bar(config, lm, data, resume, console)
     console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
-    return Steered(lm, prompter, state.hypernet, config)
+    return Steered(lm, prompter, off_mesh(state.hypernet), config)
+
+
+def off_mesh(hypernet: Hypernet) -> Hypernet:
+    """The same weights without a mesh in their type: generation runs on one device and sets none."""
+    return jax.device_put(jax.device_get(hypernet))
 
 
 def config_table(config: RunConfig) -> Table:
@@ -108,9 +114,7 @@ def load_run(run: Path) -> Steered:
     abstract = jax.eval_shape(lambda: init_state(config, lm))
     with checkpoint.open_checkpoints(run) as checkpoints:
         state = checkpoint.restore(checkpoints, abstract, mesh)
-    # Off the mesh again: generation runs without one.
-    hypernet = jax.device_put(jax.device_get(state.hypernet))
-    return Steered(lm, prompter, hypernet, dataclasses.replace(config, out=run))
+    return Steered(lm, prompter, off_mesh(state.hypernet), dataclasses.replace(config, out=run))
 
 
 def show_steered(
