@@ -87,7 +87,7 @@ def check_golden(directory: Annotated[Path, tyro.conf.Positional]) -> int:
 def main() -> None:
     """Entry point: runs a command; what a user can mend is one message without a traceback, exit code 1."""
     try:
-        code = app.cli(prog="hypersteer", description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,))
+        code = app.cli(prog="hypersteer", description=__doc__, config=(tyro.conf.CascadeSubcommandArgs,))
     except ConfigError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -103,7 +103,7 @@ def main() -> None:
         if isinstance(error, DataError | GoldenError | WeightsError | CheckpointError | FloatingPointError):
             fail(error)
         raise
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def fail(error: Exception) -> None:

@@ -113,7 +113,7 @@ def load_golden(directory: Path) -> Golden:
             f"{directory}: not a golden case ({error}); give a directory with golden.json and .safetensors"
         ) from error
     except KeyError as error:
-        raise GoldenError(f"{directory}: golden.json lacks {error}; record the case again") from error
+        raise GoldenError(f"{directory}: the golden case lacks {error}; record it again") from error
 
 
 def _batch(tensors: dict[str, np.ndarray]) -> SteeringBatch:
