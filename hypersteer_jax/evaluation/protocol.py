@@ -1,6 +1,6 @@
 """AxBench's steering protocol on the tiny world: trials, texts, ratings, scores with intervals.
 
-Every concept meets a few instructions. Half of them choose the concept's factor, the other half score it (AxBench).
+Every concept meets a few instructions. Half of them choose the factor, the other half score it (AxBench).
 Always beside HyperSteer: the unsteered base LM, prompting (the steering prompt put into the instruction, no steering),
 and the wrong-prompt control (HyperSteer given another concept's steering prompt), which shows what a vector does that
 knows nothing of the concept.
@@ -145,10 +145,11 @@ def summarise(results: Results, factors: Sequence[float] = FACTORS, seed: int = 
             counts = np.bincount(concept[half])  # noqa: B023
             return np.bincount(concept[half], scores[half]) / counts  # noqa: B023
 
-        # argmax takes the first of equals: ties go to the smallest factor, as in AxBench
+        # One factor for the group, where AxBench takes one per concept: two instructions are too few to choose by, and
+        # most of a concept's factors would tie at 0. argmax takes the first of equals, the smallest factor, as there.
         grid = np.stack([per_concept(factor_name(factor), ~scoring) for factor in sorted(factors)])
         tested = np.stack([per_concept(factor_name(factor), scoring) for factor in sorted(factors)])
-        chosen = np.take_along_axis(tested, grid.argmax(0)[None], axis=0)[0]
+        chosen = tested[grid.mean(axis=1).argmax()]
         methods = {name: per_concept(name, scoring) for name in (UNSTEERED, WRONG_PROMPT, PROMPTING)}
         methods |= {HYPERSTEER_CHOSEN: chosen, HYPERSTEER_ONE: per_concept(factor_name(1.0), scoring)}
         summary[group] = {name: interval(values, seed) for name, values in methods.items()}
