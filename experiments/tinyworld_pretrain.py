@@ -248,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--noise-steps", type=int, default=900)
+    parser.add_argument("--noise-steps", type=int, default=800)
     parser.add_argument("--noise", type=float, default=2.0)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=3e-3)

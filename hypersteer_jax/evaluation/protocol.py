@@ -139,21 +139,24 @@ def summarise(results: Results, factors: Sequence[float] = FACTORS, seed: int = 
         if not rows:
             continue
         concept, scoring = _halves(results.trials, rows)
-
-        def per_concept(name: str, half: np.ndarray) -> Float[np.ndarray, " concepts"]:
-            scores = np.array([results.judgements[name][row].score for row in rows])  # noqa: B023
-            counts = np.bincount(concept[half])  # noqa: B023
-            return np.bincount(concept[half], scores[half]) / counts  # noqa: B023
-
+        means = {name: _concept_means(judged, rows, concept, scoring) for name, judged in results.judgements.items()}
         # One factor for the group, where AxBench takes one per concept: two instructions are too few to choose by, and
-        # most of a concept's factors would tie at 0. argmax takes the first of equals, the smallest factor, as there.
-        grid = np.stack([per_concept(factor_name(factor), ~scoring) for factor in sorted(factors)])
-        tested = np.stack([per_concept(factor_name(factor), scoring) for factor in sorted(factors)])
-        chosen = tested[grid.mean(axis=1).argmax()]
-        methods = {name: per_concept(name, scoring) for name in (UNSTEERED, WRONG_PROMPT, PROMPTING)}
-        methods |= {HYPERSTEER_CHOSEN: chosen, HYPERSTEER_ONE: per_concept(factor_name(1.0), scoring)}
+        # most of a concept's factors would tie at 0. max takes the first of equals, the smallest factor, as there.
+        names = [factor_name(factor) for factor in sorted(factors)]
+        choose = {name: _concept_means(results.judgements[name], rows, concept, ~scoring).mean() for name in names}
+        methods = {name: means[name] for name in (UNSTEERED, WRONG_PROMPT, PROMPTING)}
+        methods |= {HYPERSTEER_CHOSEN: means[max(choose, key=lambda name: choose[name])]}
+        methods |= {HYPERSTEER_ONE: means[factor_name(1.0)]}
         summary[group] = {name: interval(values, seed) for name, values in methods.items()}
     return summary
+
+
+def _concept_means(
+    judged: list[Judgement], rows: list[int], concept: Int[np.ndarray, " R"], half: np.ndarray
+) -> Float[np.ndarray, " concepts"]:
+    """Mean score of each concept over the rows of one half."""
+    scores = np.array([judged[row].score for row in rows])
+    return np.bincount(concept[half], scores[half]) / np.bincount(concept[half])
 
 
 def _halves(trials: list[Trial], rows: list[int]) -> tuple[Int[np.ndarray, " R"], np.ndarray]:
