@@ -158,8 +158,8 @@ def pretrain(lm: LM, stream, steps: int, learning_rate: float, noise: float) -> 
     """AdamW with warm-up and cosine decay.
 
     With `noise`, every document has an offset of its own added to the residual behind one random block, the same at all
-    its positions, of a random direction and of up to `noise` per channel. A large LM shrugs such offsets off because a
-    direction is one of thousands; this one has 128, and has to learn it, or any steering vector breaks its sentences.
+    its positions, of a random direction and of up to `noise` per channel. It was meant to keep steering vectors from
+    breaking sentences; measured, it hardly did (experiments/results/quickstart.md).
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps, learning_rate * 0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
