@@ -84,14 +84,29 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, mesh: Mesh, d
     """
     if checkpoints.latest is None:
         raise CheckpointError(f"{checkpoints.directory}: no checkpoint yet; train first, or leave out --resume")
+    step = checkpoints.latest.step
 
     def concrete(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, weight_spec(x.shape, mesh)))
 
     wanted = {"state": jax.tree.map(concrete, abstract)} | ({} if data is None else {"data": data})
     try:
-        return checkpoints.load_checkpointables(None, wanted)["state"]
+        stored = _shapes(ocp.metadata(checkpoints.directory / str(step), "state").metadata)
+        if differences := _differences(_shapes(abstract), stored):
+            raise CheckpointError(f"{checkpoints.directory}: step {step} is of another network: {differences}")
+        return checkpoints.load_checkpointables(step, wanted)["state"]
     except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{checkpoints.directory}: step {checkpoints.latest.step} cannot be restored: {error}"
-        ) from error
+        raise CheckpointError(f"{checkpoints.directory}: step {step} cannot be restored: {error}") from error
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every array by its path; Orbax stores modules as dictionaries, so only the dotted names agree."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _differences(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> str:
+    """What is stored otherwise than wanted, three of them in full."""
+    names = [name for name in sorted(wanted | stored) if wanted.get(name) != stored.get(name)]
+    shown = [f"{name} is {stored.get(name, 'absent')}, wanted {wanted.get(name, 'absent')}" for name in names[:3]]
+    return "; ".join(shown + ([f"and {len(names) - 3} more"] if len(names) > 3 else []))
