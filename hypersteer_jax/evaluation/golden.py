@@ -185,7 +185,7 @@ def _training(golden: Golden) -> list[Row]:
     unused = set(golden.meta["unused_parameters"])
     recorded = {name: grad for name, grad in golden.part("grad.step0.").items() if name not in unused}
     ours = hypernet_tensors(grads)
-    rows = [_worst("gradients of step 0", ours, recorded, GRADIENT)]
+    rows = [worst("gradients of step 0", ours, recorded, GRADIENT)]
     silent = max((float(np.abs(ours[name]).max()) for name in unused), default=0.0)
     rows.append(Row("gradient of unused parameters", silent, 0.0, len(unused)))
 
@@ -198,18 +198,24 @@ def _training(golden: Golden) -> list[Row]:
         norms.append(float(metrics["grad_norm"]))
         if index == 0:
             rows.append(
-                _worst("weights after one step", hypernet_tensors(state.hypernet), golden.part("hypernet.step1."), STEP)
+                worst("weights after one step", hypernet_tensors(state.hypernet), golden.part("hypernet.step1."), STEP)
             )
+    return [*rows, *run_rows(golden, losses, norms)]
+
+
+def run_rows(golden: Golden, losses: list[float], grad_norms: list[float]) -> list[Row]:
+    """A whole run's losses and gradient norms, step by step, against the record."""
+    rows = []
     for name, values, key in (
         ("losses of the run", losses, "losses"),
-        ("gradient norms of the run", norms, "grad_norms"),
+        ("gradient norms of the run", grad_norms, "grad_norms"),
     ):
         theirs = np.array(golden.meta[key])
         rows.append(Row(name, float(np.max(np.abs(np.array(values) - theirs) / theirs)), RUN, len(theirs)))
     return rows
 
 
-def _worst(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], allowed: float) -> Row:
+def worst(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], allowed: float) -> Row:
     """The largest error over tensors of the same name; every recorded one must exist."""
     errors = [relative_error(ours[key], value) for key, value in theirs.items()]
     return Row(name, float(np.max(errors)), allowed, len(errors))
@@ -228,13 +234,17 @@ def print_comparison(directory: Path) -> bool:
     Raises:
         GoldenError: the case cannot be read.
     """
-    table = Table(title=f"{directory.name}: largest relative error against the PyTorch release, float32")
+    return print_rows(directory.name, compare(load_golden(directory)))
+
+
+def print_rows(title: str, rows: list[Row]) -> bool:
+    """Prints comparisons as a table; True if all of them agree."""
+    table = Table(title=f"{title}: largest relative error against the PyTorch release, float32")
     table.add_column("what")
     table.add_column("tensors", justify="right")
     table.add_column("error", justify="right")
     table.add_column("allowed", justify="right")
     table.add_column("")
-    rows = compare(load_golden(directory))
     for row in rows:
         verdict = "[green]agrees[/]" if row.agrees else "[bold red]DIFFERS[/]"
         table.add_row(row.name, str(row.tensors), f"{row.error:.1e}", f"{row.allowed:.0e}", verdict)
