@@ -1,0 +1,157 @@
+"""The passes of one training step, in either form. See the package's docstring for what the forms do differently.
+
+Letters: B batch, T prompt, response and padding, P steering prompt, S steered positions of the longest row, D width,
+V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, embedding
+from transformers import Gemma2ForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from experiments.pytorch_baseline.hypernet import Hypernet
+from hypersteer_jax.data.batch import SteeringBatch
+
+IGNORED = -100  # label of a token that is not scored
+
+
+class Batch(NamedTuple):
+    """One batch as the releases' collators pad it. Integers are int64, `factor` is float32."""
+
+    tokens: Tensor  # [B, T], prompt and response, at least one pad on the right
+    mask: Tensor  # [B, T], 1 at real tokens
+    labels: Tensor  # [B, T], the token itself in the response, -100 elsewhere
+    locations: Tensor  # [B, S], columns that are steered; unused slots name the row's first pad
+    concept_tokens: Tensor  # [B, P], steering prompts, padded on the left
+    concept_mask: Tensor  # [B, P]
+    factor: Tensor  # [B]
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """`[B, T]`, 1 at the prompt's tokens."""
+        return self.mask * (self.labels == IGNORED)
+
+
+class Form(NamedTuple):
+    """What one release does otherwise than the other."""
+
+    prompt_only: bool  # the context pass sees prompt tokens only
+    unsteered_pass: bool  # there is a pass that nothing reads
+    lm_embedding: bool  # the base LM's table embeds the steering prompt
+    clip: float  # global norm of the gradients at most
+    clips: int  # passes over all gradients to get there
+
+
+FORMS = {
+    "release": Form(prompt_only=True, unsteered_pass=False, lm_embedding=False, clip=1.0, clips=1),
+    "hyperstuff": Form(prompt_only=False, unsteered_pass=True, lm_embedding=True, clip=100.0, clips=2),
+}
+
+
+class Baseline(NamedTuple):
+    """One release on one base LM."""
+
+    form: Form
+    lm: Gemma2ForCausalLM
+    hypernet: Hypernet
+    layer: int  # the block whose input is the context and whose output is steered
+
+
+class Outputs(NamedTuple):
+    """All results of the passes; they live until the step is over, as in the releases."""
+
+    context: Tensor  # [B, T, D]
+    vector: Tensor  # [B, D]
+    unsteered_logits: Tensor | None  # [B, T, V] float32
+    logits: Tensor  # [B, T, V] float32
+    loss: Tensor  # []
+
+
+def forward(baseline: Baseline, batch: Batch) -> Outputs:
+    """The passes of one step: context, vector, perhaps the unsteered pass, steered pass, loss (paper, eq. 4)."""
+    form, lm = baseline.form, baseline.lm
+    context = read_context(baseline, batch)
+    vector = write_vector(baseline, batch, context)
+    unsteered_logits = base_pass(lm, batch.tokens, batch.mask).logits if form.unsteered_pass else None
+    with steered(lm.model.layers[baseline.layer], vector, batch.factor, batch.locations):
+        logits = base_pass(lm, batch.tokens, batch.mask).logits
+    return Outputs(context, vector, unsteered_logits, logits, response_loss(logits, batch.labels))
+
+
+def base_pass(lm: Gemma2ForCausalLM, tokens: Tensor, mask: Tensor, states: bool = False) -> CausalLMOutputWithPast:
+    """One whole pass of the base LM: all blocks, the logits of all positions, and the states of all blocks if wanted.
+
+    The logits are float32 whether anything reads them or not, as in transformers 4.45.1, which the releases pin.
+    """
+    output = lm(input_ids=tokens, attention_mask=mask, output_hidden_states=states)
+    output.logits = output.logits.float()
+    return output
+
+
+def read_context(baseline: Baseline, batch: Batch) -> Tensor:
+    """Residual entering the steered block, `[B, T, D]`; the releases agree at the prompt's tokens only."""
+    mask = batch.prompt_mask if baseline.form.prompt_only else batch.mask
+    return base_pass(baseline.lm, batch.tokens, mask, states=True).hidden_states[baseline.layer]
+
+
+def write_vector(baseline: Baseline, batch: Batch, context: Tensor) -> Tensor:
+    """Steering vectors `[B, D]`."""
+    table = baseline.lm.model.embed_tokens if baseline.form.lm_embedding else baseline.hypernet.embed_tokens
+    embedded = embedding(batch.concept_tokens, table.weight)
+    return baseline.hypernet(embedded, batch.concept_mask, context, batch.prompt_mask)
+
+
+def steer(residual: Tensor, vector: Tensor, factor: Tensor, locations: Tensor) -> Tensor:
+    """The residual with `factor * vector` added at `locations` (paper, eq. 1): gathered, added to, scattered back.
+
+    A column that `locations` names twice is written twice with the same value, so the vector is added to it once.
+    """
+    index = locations[:, :, None].expand(-1, -1, residual.shape[-1])
+    added = (factor[:, None] * vector).to(residual.dtype)
+    return residual.scatter(1, index, residual.gather(1, index) + added[:, None])
+
+
+@contextmanager
+def steered(block: nn.Module, vector: Tensor, factor: Tensor, locations: Tensor) -> Iterator[None]:
+    """Within it, the output of `block` is steered."""
+    handle = block.register_forward_hook(lambda module, inputs, output: steer(output, vector, factor, locations))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def response_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, the mean over all response tokens of the batch; `logits [B, T, V]`, `labels [B, T]`."""
+    predicting = logits[:, :-1].contiguous()
+    return cross_entropy(predicting.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def release_batch(batch: SteeringBatch) -> Batch:
+    """The same rows as the releases' collators pad them: to the longest, and one pad more on the right."""
+    tokens, steer_mask, response = (np.asarray(x) for x in (batch.tokens, batch.steer_mask, batch.response_mask))
+    lengths = np.asarray(batch.mask).sum(1)
+    shape, longest = (len(tokens), lengths.max() + 1), np.asarray(batch.concept_mask).sum(1).max()
+    padded, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED)
+    mask = np.arange(shape[1]) < lengths[:, None]
+    padded[mask] = tokens[np.asarray(batch.mask)]
+    rows, slots = np.nonzero(response)
+    labels[rows, np.asarray(batch.response_index)[rows, slots] + 1] = np.asarray(batch.response_tokens)[rows, slots]
+    counts = steer_mask.sum(1)
+    columns = np.argsort(~steer_mask, axis=1, kind="stable")[:, : counts.max()]
+    unused = np.arange(counts.max()) >= counts[:, None]
+    return Batch(
+        tokens=torch.tensor(padded),
+        mask=torch.tensor(mask.astype(np.int64)),
+        labels=torch.tensor(labels),
+        locations=torch.tensor(np.where(unused, lengths[:, None], columns)),
+        concept_tokens=torch.tensor(np.asarray(batch.concept_tokens, np.int64)[:, -longest:]),
+        concept_mask=torch.tensor(np.asarray(batch.concept_mask, np.int64)[:, -longest:]),
+        factor=torch.tensor(np.asarray(batch.factor)),
+    )
