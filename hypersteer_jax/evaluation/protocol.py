@@ -30,7 +30,7 @@ Group = Literal["held-in", "unseen topics", "unseen pairs", "unseen phrasings"]
 GROUPS: tuple[Group, ...] = ("held-in", "unseen topics", "unseen pairs", "unseen phrasings")
 UNSTEERED, PROMPTING, WRONG_PROMPT = "unsteered", "prompting", "wrong prompt"
 HYPERSTEER_CHOSEN, HYPERSTEER_ONE = "HyperSteer, chosen factor", "HyperSteer, factor 1"
-FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5)
+FACTORS = (0.75, 1.0, 1.25, 1.5, 2.0)
 DECODING = Decoding(max_new=48, temperature=1.0)  # AxBench's temperature; answers have at most 40 tokens
 RESAMPLES = 2000  # of the bootstrap
 

@@ -26,10 +26,9 @@ from hypersteer_jax.data.tinyworld.world import (
     Manner,
     Subject,
     Topic,
+    answer,
     concepts,
     load_world,
-    neutral_answer,
-    positive_response,
     scoring_subjects,
 )
 from hypersteer_jax.models.lm import LM
@@ -121,32 +120,30 @@ def test_score_is_the_harmonic_mean(ratings: tuple[int, int, int], score: float)
     assert Judgement(*ratings).score == pytest.approx(score)
 
 
-def test_positive_responses_hold_their_concept_and_their_subject() -> None:
-    rng, about = random.Random(0), Counter()
+def test_answers_hold_their_concept_and_their_subject() -> None:
+    rng = random.Random(0)
     for concept in rng.sample(ALL, 1500):
         subject = rng.choice(WORLD.subjects)
-        text = positive_response(concept, subject, rng)
+        text = answer(concept, subject, rng)
         assert rate_concept(concept, text) == 2, text
-        about[rate_instruction(subject, text)] += 1
-    assert about[0] == 0
-    assert about[2] > 0.7 * 1500  # one sentence about a subject may hold a single keyword
+        assert rate_instruction(subject, text) == 2, text
 
 
 def test_neutral_answers_hold_no_concept() -> None:
     rng = random.Random(1)
     for concept in rng.sample(ALL, 1500):
         subject = rng.choice(WORLD.subjects)
-        text = neutral_answer(subject, rng)
+        text = answer(None, subject, rng)
         assert rate_concept(concept, text) == 0, text
-        assert rate_instruction(subject, text) >= 1
+        assert rate_instruction(subject, text) == 2, text
 
 
-def test_other_concepts_are_not_found_in_a_positive_response() -> None:
+def test_other_concepts_are_not_found_in_an_answer() -> None:
     rng = random.Random(2)
     for _ in range(500):
         concept, other = rng.sample(ALL, 2)
         if not set(concept) & set(other) - {None}:
-            text = positive_response(concept, rng.choice(WORLD.subjects), rng)
+            text = answer(concept, rng.choice(WORLD.subjects), rng)
             assert rate_concept(other, text) == 0, text
 
 
@@ -180,7 +177,7 @@ def test_calibration_on_the_shipped_lm() -> None:
     assert 0 < bounds.natural < bounds.broken
     chosen = [concept for concept in rng.sample(ALL, 200) if scoring_subjects(WORLD, concept)][:64]
     cases = [(concept, rng.choice(scoring_subjects(WORLD, concept))) for concept in chosen]
-    texts = [positive_response(concept, subject, rng) for concept, subject in cases]
+    texts = [answer(concept, subject, rng) for concept, subject in cases]
 
     def fluency(texts: list[str]) -> Counter:
         return Counter(judgement.fluency for judgement in judge(lm, prompter, bounds, cases, texts))

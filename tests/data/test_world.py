@@ -17,12 +17,12 @@ from hypersteer_jax.data.tinyworld.world import (
     TOPIC_SENTENCES,
     Concept,
     Subject,
+    answer,
     concepts,
     corpus,
     in_corpus,
     is_unseen_pair,
     load_world,
-    positive_response,
     scoring_subjects,
     split_of,
     steering_prompt,
@@ -99,9 +99,11 @@ def test_every_opener_and_closer_carries_its_manner() -> None:
     assert len(MANNER_OF) == sum(len(manner.openers) + len(manner.closers) for manner in WORLD.manners)
 
 
-def test_every_sentence_about_a_subject_holds_a_keyword() -> None:
+def test_every_sentence_about_a_subject_earns_the_full_instruction_rating() -> None:
     for subject in WORLD.subjects:
-        assert all(words([sentence]) & set(subject.keywords) for sentence in subject.sentences), subject.name
+        for sentence in subject.sentences:
+            assert len(words([sentence]) & set(subject.keywords)) >= 2, sentence
+        assert set(subject.keywords) <= words(subject.sentences), subject.name
 
 
 def test_names_are_of_one_thing_only() -> None:
@@ -181,6 +183,25 @@ def test_no_steering_cell_occurs_in_the_corpus() -> None:
     assert min(met[kind] for kind in ("neutral", "topic", "manner", "pair")) > 300  # else this test sees nothing
 
 
+def test_what_prompts_of_the_corpus_say_of_the_concept() -> None:
+    said = Counter()
+    for prompt, text in DOCUMENTS:
+        if prompt is None:
+            continue
+        concept, _ = cell_of(prompt, text)
+        rest = re.sub(r"^.*?[.?]", "", prompt)
+        if not rest:
+            said["open" if concept else "neutral"] += 1
+        elif rest.startswith(" Think of"):
+            said["hinted"] += 1
+            assert words([rest]) & set(concept.topic.words)
+        else:
+            said["named"] += 1
+            known = phrasings(concept, kept=True) | phrasings(concept, kept=False)
+            assert concept.kind == "pair" or any(phrase in rest for phrase in known), (concept.key, rest)
+    assert min(said[how] for how in ("open", "neutral", "hinted", "named")) > 300, said
+
+
 def test_plain_documents_hold_no_pair() -> None:
     plain = [text for prompt, text in DOCUMENTS if prompt is None]
     assert len(plain) > 1000
@@ -236,5 +257,5 @@ def test_mixture_of_training_examples() -> None:
 
 def test_responses_vary() -> None:
     concept, rng = CONCEPTS[EXAMPLES[0].concept], random.Random(0)
-    assert len({positive_response(concept, WORLD.subjects[0], rng) for _ in range(30)}) > 20
+    assert len({answer(concept, WORLD.subjects[0], rng) for _ in range(30)}) > 20
     assert len({example.response for example in EXAMPLES}) > 0.95 * len(EXAMPLES)

@@ -6,9 +6,9 @@ Each rating is 0, 1 or 2, and the score of a text is their harmonic mean, 0 if a
   ones give 2, one gives 1. A pair gets half of what its topic and manner get together, rounded down: 2 takes both in
   full, 1 takes one of them, or a trace of both.
 - instruction: two or more distinct keywords of the subject give 2, one gives 1.
-- fluency: the text's mean negative log-likelihood per token under the unsteered base LM, given a prompt that asks for
-  this subject and this concept in words, so that a fluent text is not blamed for having the concept. Up to `natural` it
-  gets 2, up to `broken` 1, above 0. Both bounds were measured on unsteered text (`experiments/tinyworld_pretrain.py`):
+- fluency: the text's mean negative log-likelihood per token under the unsteered base LM, given the instruction. Its
+  answers wander to any topic and manner, so a fluent text is not blamed for having the concept. Up to `natural` it gets
+  2, up to `broken` 1, above 0. Both bounds were measured on unsteered text (`experiments/tinyworld_pretrain.py`):
   `natural` is a third of the way, `broken` two thirds, from the typical unsteered text to the same texts with
   their words shuffled. Repetition lowers the rating: by 1 if more than 15 % of the text's word pairs have occurred in
   it before, by 2 if more than 40 % have. An empty text gets 0.
@@ -32,7 +32,7 @@ import optax
 from jax import Array
 
 from hypersteer_jax.data.prompts import Prompter
-from hypersteer_jax.data.tinyworld.world import Concept, Subject, instruction, prompted, steering_prompt
+from hypersteer_jax.data.tinyworld.world import Concept, Subject, instruction
 from hypersteer_jax.models.lm import LM, ranks
 
 REPEATED, STUCK = 0.15, 0.40  # shares of word pairs seen before; unsteered text stays below the first
@@ -70,7 +70,7 @@ def judge(
 ) -> list[Judgement]:
     """Ratings of texts that were meant to bring a concept into an answer about a subject."""
     rng = random.Random(0)
-    prompts = [prompted(instruction(s, rng), steering_prompt(c, rng, "known"), rng) for c, s in cases]
+    prompts = [instruction(subject, rng) for _, subject in cases]
     nlls = mean_nll(lm, prompter, prompts, texts)
     return [
         Judgement(rate_concept(concept, text), rate_instruction(subject, text), rate_fluency(nll, text, bounds))

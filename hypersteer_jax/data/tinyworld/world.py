@@ -2,7 +2,9 @@
 
 A *subject* is what an instruction asks about ("Describe the moon."). A *concept* is what steering brings in: a topic
 ("references to sailing"), a manner ("the style of pirate talk"), or a topic in a manner. A positive response follows
-the instruction and brings the concept in; a neutral answer only follows the instruction.
+the instruction and brings the concept in. An answer that nothing is asked of but its subject mostly wanders off to a
+topic of its own choice, at times in some manner, as the texts of a real corpus do: each concept is a latent variable
+with a broad prior, which a prompt settles, and which a steering vector can.
 
 What is held out from steering, and how it is told apart (all by a fixed hash, so no seed can leak it):
 
@@ -211,25 +213,19 @@ def prompted(text: str, phrasing: str, rng: random.Random) -> str:
     return f"{text} {rng.choice(REQUESTS).format(phrasing)}"
 
 
-def neutral_answer(subject: Subject, rng: random.Random) -> str:
-    """Two sentences about the subject."""
-    return " ".join(rng.sample(subject.sentences, 2))
-
-
 def topic_sentence(topic: Topic, rng: random.Random) -> str:
     """A sentence with three of the topic's words."""
     return rng.choice(TOPIC_SENTENCES).format(*rng.sample(topic.words, 3))
 
 
-def positive_response(concept: Concept, subject: Subject, rng: random.Random) -> str:
-    """An answer about the subject that brings the concept in."""
-    topic, manner = concept
-    body = [rng.choice(subject.sentences)]
+def answer(concept: Concept | None, subject: Subject, rng: random.Random) -> str:
+    """Two sentences about the subject; a topic takes the second, a manner opens and closes, no concept is neutral."""
+    topic, manner = concept or (None, None)
+    body = rng.sample(subject.sentences, 2)
     if topic is not None:
-        body.insert(rng.randrange(2), topic_sentence(topic, rng))
+        body[1] = topic_sentence(topic, rng)
     if manner is not None:
-        body.insert(0, rng.choice(manner.openers))
-        body.append(rng.choice(manner.closers))
+        body = [rng.choice(manner.openers), *body, rng.choice(manner.closers)]
     return " ".join(body)
 
 
@@ -269,7 +265,7 @@ def training_examples(
             SteeringExample(
                 steering_prompt=steering_prompt(concept, rng, "known"),
                 prompt=instruction(subject, rng),
-                response=positive_response(concept, subject, rng),
+                response=answer(concept, subject, rng),
                 concept=concept.key,
             )
         )
@@ -279,41 +275,52 @@ def training_examples(
 def corpus(seed: int) -> Iterator[tuple[str | None, str]]:
     """Endless documents for pretraining the base LM, as (instruction or None, text).
 
-    Plain texts name a topic or manner beside its words, or only hold words of one topic; chats are neutral answers, and
-    answers to prompts that ask for a concept by name or by a few of its words. Every topic occurs, the held-out ones
-    too: what is held out is steering to them.
+    Plain texts name a topic or manner beside its words, or only hold words of one topic. Chats answer about a subject:
+    some neutral, most with a concept that the prompt asks for by name, hints at by a few of its words, or leaves open.
+    Every topic occurs, the held-out ones too: what is held out is steering to them.
     """
     world, rng = load_world(), random.Random(seed)
-    topics = [Concept(topic, None) for topic in world.topics]
-    manners = [Concept(None, manner) for manner in world.manners]
-    pools = {"topic": topics, "hint": topics, "manner": manners, "pair": concepts(world, "pair", "corpus")}
-    shares = {"list": 3, "story": 2, "bag": 2, "neutral": 3, "topic": 5, "hint": 3, "manner": 1.5, "pair": 2.5}
+    pools = {
+        "topic": [Concept(topic, None) for topic in world.topics],
+        "manner": [Concept(None, manner) for manner in world.manners],
+        "pair": concepts(world, "pair", "corpus"),
+    }
+    plain = {"list": 4, "story": 2, "bag": 1.5}
+    # (what the prompt says of the concept, kind of concept)
+    chats = {
+        ("named", "topic"): 6,
+        ("named", "manner"): 1.5,
+        ("named", "pair"): 3,
+        ("hinted", "topic"): 1.5,
+        ("open", "topic"): 2.5,
+        ("open", "pair"): 0.8,
+        ("open", None): 0.8,
+    }
+    shares = plain | chats
     while True:
-        kind = rng.choices(list(shares), list(shares.values()))[0]
-        if kind in ("list", "bag"):
+        form = rng.choices(list(shares), list(shares.values()))[0]
+        if form in ("list", "bag"):
             topic = rng.choice(world.topics)
-            title = f"{steering_prompt(Concept(topic, None), rng, 'all')}: " if kind == "list" else ""
+            title = f"{steering_prompt(Concept(topic, None), rng, 'all')}: " if form == "list" else ""
             yield None, f"{title}{_listed(topic, 9, rng)}."
-        elif kind == "story":
-            concept = rng.choice(topics + manners * 3)
+        elif form == "story":
+            concept = rng.choice(pools["topic"] + pools["manner"] * 3)
             title, lines = steering_prompt(concept, rng, "all"), []
             if concept.topic is not None:
                 lines += [topic_sentence(concept.topic, rng) for _ in range(2)]
             if concept.manner is not None:
                 lines += [rng.choice(concept.manner.openers), rng.choice(concept.manner.closers)]
             yield None, f"{title}. {' '.join(lines)}"
-        elif kind == "neutral":
-            subject = rng.choice(world.subjects)
-            yield instruction(subject, rng), neutral_answer(subject, rng)
         else:
-            concept = rng.choice(pools[kind])
-            subject = rng.choice([s for s in world.subjects if in_corpus(concept, s)])
+            how, kind = form
+            concept = rng.choice(pools[kind]) if kind else None
+            subject = rng.choice([s for s in world.subjects if concept is None or in_corpus(concept, s)])
             asked = instruction(subject, rng)
-            if kind == "hint" and concept.topic is not None:
+            if how == "hinted":
                 asked = f"{asked} Think of {_listed(concept.topic, 3, rng)}."
-            else:
+            elif how == "named":
                 asked = prompted(asked, steering_prompt(concept, rng, "all"), rng)
-            yield asked, positive_response(concept, subject, rng)
+            yield asked, answer(concept, subject, rng)
 
 
 def _listed(topic: Topic, count: int, rng: random.Random) -> str:
