@@ -1,0 +1,129 @@
+"""How much arithmetic a training step needs, and how much ours does on top of it, part by part.
+
+    flops = step_flops(PRESETS["gemma-2-2b"], config, Bucket(tokens=192, context=64, response=128, concept=48))
+    flops.minimal / seconds / peak        # utilisation in useful arithmetic
+    flops.total                           # what the step really executes
+
+A product of [m, k] and [k, n] counts 2·m·n·k. Only such products are counted: norms, softmax, rotary positions,
+embedding look-ups, the optimizer and everything else that is linear in the activations or the weights is left out (it
+is bound by memory, not by arithmetic). Lengths are the padded ones of the batch. The minimum takes every block at
+every position: that the last hypernetwork block is read at one position only, and the last LM block at the scored ones,
+is not taken off, nor is a sliding window that binds.
+
+Letters: B batch, T prompt and response, C context, P steering prompt, R scored tokens, D width, V vocabulary, L and N
+blocks, ℓ the first steered block.
+"""
+
+from typing import NamedTuple
+
+from hypersteer_jax.config import HypernetConfig, LMConfig, RunConfig
+from hypersteer_jax.data.pipeline import Bucket
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of one step over the whole batch, by part. The base LM is frozen: no part is a gradient of its weights."""
+
+    lower: int  # blocks 0 to ℓ of the base LM, once for the context and the steered residual
+    upper: int  # blocks ℓ+1 to L-1, forward
+    upper_backward: int  # the same, backward through the activations
+    hypernet: int  # self-attention, MLP and head of the hypernetwork, forward
+    hypernet_backward: int  # through activations and to weights
+    cross: int  # cross-attention sub-blocks, forward
+    cross_backward: int  # as above, without a gradient of the context
+    unembed: int  # logits of the scored positions, forward
+    unembed_backward: int  # through activations
+    masked: int  # overhead: the half of the self-attention squares that the causal mask throws away
+    logits_again: int  # overhead: logits made again in the backward pass, so that they are never held whole
+    blocks_again: int  # overhead: activations made again in the backward pass (`train.remat`)
+
+    @property
+    def minimal(self) -> int:
+        """What the method needs, without the overhead."""
+        return self.total - self.masked - self.logits_again - self.blocks_again
+
+    @property
+    def total(self) -> int:
+        """What our step executes."""
+        return sum(self)
+
+
+class Products(NamedTuple):
+    """Forward FLOPs of one sub-network by what they cost in the backward pass."""
+
+    weights: int  # activations times weights: once more for each of the two gradients
+    pairs: int  # queries times keys, and attention times values, for the pairs that the mask lets through: twice more
+    masked: int  # the same for all other pairs
+
+    @property
+    def forward(self) -> int:
+        """What the forward pass needs."""
+        return self.weights + self.pairs
+
+
+def step_flops(lm: LMConfig, config: RunConfig, shape: Bucket) -> StepFlops:
+    """FLOPs of `train_step` for `config.train.batch` rows of one shape, over all devices.
+
+    Args:
+        lm: the base LM's shape.
+        config: its `hypernet`, `steering`, `train.batch` and `train.remat` count.
+        shape: lengths T, C, R and P in tokens.
+    """
+    hypernet, rows = config.hypernet, config.train.batch
+    below = config.steering.layers[0] + 1
+    above = lm.layers - below
+    block, concept = _block(lm, shape.tokens), _block(lm, shape.concept)
+    cross, head = _cross(hypernet, lm, shape), _head(hypernet, lm)
+    logits = 2 * shape.response * lm.width * lm.vocab
+    again = above * _again(lm, shape.tokens) + hypernet.blocks * (_again(lm, shape.concept) + cross.forward)
+    parts = StepFlops(
+        lower=below * block.forward,
+        upper=above * block.forward,
+        upper_backward=above * (block.weights + 2 * block.pairs),
+        hypernet=hypernet.blocks * concept.forward + head,
+        hypernet_backward=2 * (hypernet.blocks * concept.forward + head),
+        cross=hypernet.blocks * cross.forward,
+        cross_backward=hypernet.blocks * (2 * cross.forward - _context_gradient(hypernet, lm, shape)),
+        unembed=logits,
+        unembed_backward=logits,
+        masked=(lm.layers + 2 * above) * block.masked + 3 * hypernet.blocks * concept.masked,
+        logits_again=logits,
+        blocks_again=again if config.train.remat else 0,
+    )
+    return StepFlops(*(rows * part for part in parts))
+
+
+def _block(lm: LMConfig, length: int) -> Products:
+    """Self-attention and MLP of one block on one row of `length` tokens."""
+    attention = 2 * lm.width * (lm.heads + lm.kv_heads) * lm.head_dim  # queries and output, keys and values
+    mlp = 3 * lm.width * lm.mlp_width  # gate, up and down
+    pair = 4 * lm.heads * lm.head_dim  # one query and one key: their product, and the value's share of the output
+    seen = length * (length + 1) // 2
+    return Products(2 * length * (attention + mlp), pair * seen, pair * (length**2 - seen))
+
+
+def _cross(config: HypernetConfig, lm: LMConfig, shape: Bucket) -> Products:
+    """Cross-attention of one hypernetwork block on one row: P queries, C keys and values, nothing masked."""
+    if config.variant != "cross_attention":
+        return Products(0, 0, 0)
+    weights = 2 * 2 * lm.width * lm.head_dim * (lm.heads * shape.concept + lm.kv_heads * shape.context)
+    return Products(weights, 4 * lm.heads * lm.head_dim * shape.concept * shape.context, 0)
+
+
+def _context_gradient(config: HypernetConfig, lm: LMConfig, shape: Bucket) -> int:
+    """What one block saves because nothing behind its keys and values is trained; a norm of the context is."""
+    if config.variant != "cross_attention" or config.memory_norm:
+        return 0
+    return 2 * 2 * lm.width * lm.head_dim * lm.kv_heads * shape.context
+
+
+def _head(config: HypernetConfig, lm: LMConfig) -> int:
+    """Forward FLOPs of the read-out of one row's last position."""
+    matrices = 4 if config.head == "mlp" else 1
+    return matrices * 2 * lm.width**2
+
+
+def _again(lm: LMConfig, length: int) -> int:
+    """A block's forward pass when it is made again. The backward pass asks for the MLP's output only to undo a norm."""
+    block = _block(lm, length)
+    down = 0 if lm.sandwich_norms else 2 * length * lm.mlp_width * lm.width
+    return block.forward + block.masked - down
