@@ -65,6 +65,19 @@ class HypernetConfig:
     final_norm: bool = False  # RMSNorm before the head; the release defines the norm and never applies it
     memory_norm: bool = False  # RMSNorm on the context; the release reads it raw
     positions: Literal["true", "padded"] = "true"  # "padded": index in the padded row, as in the release
+    heads: int | None = None  # query heads of its blocks; None means the base LM's, here and below
+    kv_heads: int | None = None  # key/value heads
+    mlp_width: int | None = None  # F
+    attention_scale: float | None = None  # queries are multiplied by it
+
+
+SIZES = ("heads", "kv_heads", "mlp_width")  # of `HypernetConfig` and `LMConfig` alike
+
+
+def hypernet_shape(config: HypernetConfig, lm: LMConfig) -> LMConfig:
+    """Shape of the hypernetwork's blocks: the base LM's, but for what `config` has of its own."""
+    own = {name: getattr(config, name) for name in (*SIZES, "attention_scale")}
+    return dataclasses.replace(lm, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -206,6 +219,18 @@ def check(config: RunConfig, lm: LMConfig) -> None:
             f"hypernet.blocks is {hypernet.blocks}, but only the base LM's {lm.layers} blocks can be copied; "
             "lower it or set hypernet.init to random"
         )
+    shape = hypernet_shape(hypernet, lm)
+    for name in SIZES:
+        value, copied = getattr(shape, name), getattr(lm, name)
+        if hypernet.init == "base_lm" and value != copied:
+            raise ConfigError(
+                f"hypernet.{name} is {value}, but the blocks copied from the base LM have {copied}; "
+                "leave it out or set hypernet.init to random"
+            )
+        if value < 1:
+            raise ConfigError(f"hypernet.{name} is {value}; give at least 1")
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(f"hypernet.heads is {shape.heads}; give a multiple of the {shape.kv_heads} key/value heads")
     positive = {
         "train.steps": train.steps,
         "train.batch": train.batch,

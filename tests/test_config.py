@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hypersteer_jax.models.presets import PRESETS
 from tests.models.tiny import CONFIGS
 
 TINY = CONFIGS["llama"]  # four blocks, and a `rope_scaling`
+OWN_SIZES = partial(HypernetConfig, blocks=2, init="random")
 GOOD = RunConfig(hypernet=HypernetConfig(blocks=2), steering=SteeringConfig(layers=(1,)))
 
 
@@ -48,7 +50,9 @@ def test_every_field_survives() -> None:
     config = RunConfig(
         lm="some/where",
         out=Path("a/b"),
-        hypernet=HypernetConfig("in_context", 7, "random", "zero", "shared", "mlp", True, True, "padded"),
+        hypernet=HypernetConfig(
+            "in_context", 7, "random", "zero", "shared", "mlp", True, True, "padded", 6, 3, 40, 0.1
+        ),
         steering=SteeringConfig((1, 5), "leaving", "response", "after_prefix"),
         data=DataConfig("x.jsonl", 3, 8, 100, 50, 20, 2, True, True),
         train=TrainConfig(5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32", 7, 8, 9, True),
@@ -122,6 +126,9 @@ def test_where_stands_in_front_of_the_message() -> None:
         ("steering.layers", (-1, 2), r"steering\.layers is \(-1, 2\); the base LM has blocks 0 to 3"),
         ("hypernet.blocks", 0, r"hypernet\.blocks is 0; give at least 1"),
         ("hypernet.blocks", 5, r"hypernet\.blocks is 5, but only the base LM's 4 .*set hypernet\.init to random"),
+        ("hypernet.heads", 2, r"hypernet\.heads is 2, but the blocks copied from the base LM have 4; .*init to random"),
+        ("hypernet", OWN_SIZES(kv_heads=0), r"hypernet\.kv_heads is 0; give at least 1"),
+        ("hypernet", OWN_SIZES(heads=5), r"hypernet\.heads is 5; give a multiple of the 2 key/value heads"),
         ("train.steps", 0, r"train\.steps is 0; give a value above 0"),
         ("train.batch", -1, r"train\.batch is -1; give a value above 0"),
         ("train.learning_rate", 0.0, r"train\.learning_rate is 0\.0; give a value above 0"),
@@ -150,6 +157,8 @@ def test_check_names_what_cannot_work(path: str, value: Any, message: str) -> No
         ("steering.layers", (0, 1, 2, 3)),
         ("hypernet.blocks", 4),
         ("hypernet", HypernetConfig(blocks=9, init="random")),
+        ("hypernet", OWN_SIZES(heads=6, kv_heads=3, mlp_width=1)),
+        ("hypernet.attention_scale", 0.1),
         ("train.warmup", 999),
         ("train.eval_every", 0),
         ("train.save_every", 0),

@@ -1,6 +1,7 @@
 """The hypernetwork: reads a steering prompt (and the base LM's context) and writes a steering vector.
 
-Each block is a block of the base LM's own shape with a cross-attention sub-block between self-attention and MLP:
+Each block is a block of the base LM's shape (unless the config has sizes of its own) with a cross-attention sub-block
+between self-attention and MLP:
 
     h = h + norm(self_attention(norm(h)))
     h = h + norm(cross_attention(norm(h), context))      # `cross_attention` variant only
@@ -22,7 +23,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hypersteer_jax.config import HypernetConfig, LMConfig
+from hypersteer_jax.config import HypernetConfig, LMConfig, hypernet_shape
 from hypersteer_jax.models.attention import causal_mask, rms_norm, rope, rope_frequencies
 from hypersteer_jax.models.lm import LM, MLP, Attention, Block, cast, constant, embed, normal, ranks
 from hypersteer_jax.sharding import gather
@@ -56,7 +57,7 @@ class Hypernet(nnx.Module):
 
     def __init__(self, config: HypernetConfig, lm_config: LMConfig, rngs: nnx.Rngs):
         self.config = config
-        self.lm_config = lm_config
+        self.lm_config = lm_config = hypernet_shape(config, lm_config)
         d, cross = lm_config.width, config.variant == "cross_attention"
         self.embedding = normal(rngs, lm_config.vocab, d) if config.embedding == "own" else None
         keys = jax.random.split(rngs.params(), config.blocks)

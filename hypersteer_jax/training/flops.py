@@ -16,7 +16,7 @@ blocks, ℓ the first steered block.
 
 from typing import NamedTuple
 
-from hypersteer_jax.config import HypernetConfig, LMConfig, RunConfig
+from hypersteer_jax.config import HypernetConfig, LMConfig, RunConfig, hypernet_shape
 from hypersteer_jax.data.pipeline import Bucket
 
 
@@ -71,10 +71,11 @@ def step_flops(lm: LMConfig, config: RunConfig, shape: Bucket) -> StepFlops:
     hypernet, rows = config.hypernet, config.train.batch
     below = config.steering.layers[0] + 1
     above = lm.layers - below
-    block, concept = _block(lm, shape.tokens), _block(lm, shape.concept)
-    cross, head = _cross(hypernet, lm, shape), _head(hypernet, lm)
+    reader = hypernet_shape(hypernet, lm)
+    block, concept = _block(lm, shape.tokens), _block(reader, shape.concept)
+    cross, head = _cross(hypernet, reader, shape), _head(hypernet, reader)
     logits = 2 * shape.response * lm.width * lm.vocab
-    again = above * _again(lm, shape.tokens) + hypernet.blocks * (_again(lm, shape.concept) + cross.forward)
+    again = above * _again(lm, shape.tokens) + hypernet.blocks * (_again(reader, shape.concept) + cross.forward)
     parts = StepFlops(
         lower=below * block.forward,
         upper=above * block.forward,
@@ -82,7 +83,7 @@ def step_flops(lm: LMConfig, config: RunConfig, shape: Bucket) -> StepFlops:
         hypernet=hypernet.blocks * concept.forward + head,
         hypernet_backward=2 * (hypernet.blocks * concept.forward + head),
         cross=hypernet.blocks * cross.forward,
-        cross_backward=hypernet.blocks * (2 * cross.forward - _context_gradient(hypernet, lm, shape)),
+        cross_backward=hypernet.blocks * (2 * cross.forward - _context_gradient(hypernet, reader, shape)),
         unembed=logits,
         unembed_backward=logits,
         masked=(lm.layers + 2 * above) * block.masked + 3 * hypernet.blocks * concept.masked,

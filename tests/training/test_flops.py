@@ -177,8 +177,9 @@ def test_families(family: str, again: bool) -> None:
         {"variant": "no_context"},
         {"memory_norm": True, "head": "mlp", "final_norm": True},
         {"embedding": "shared", "cross_init": "zero", "init": "random", "positions": "padded"},
+        {"init": "random", "heads": 6, "kv_heads": 3, "mlp_width": 40, "attention_scale": 0.1},
     ],
-    ids=["no context", "memory norm", "shared embedding"],
+    ids=["no context", "memory norm", "shared embedding", "own sizes"],
 )
 def test_options(settings: dict[str, Any], context: str, layers: tuple[int, ...], again: bool) -> None:
     config = run(3, layers, **settings)
