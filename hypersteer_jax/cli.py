@@ -72,6 +72,26 @@ def steer(
     show_steered(run, prompt, concept, factor, max_new, temperature, seed)
 
 
+@app.command(name="convert")
+def convert(
+    source: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    lm: str | None = None,
+    layer: int = 20,
+) -> None:
+    """Convert a checkpoint of a PyTorch release to a run, or a run to an AxBench release; SOURCE tells which.
+
+    Args:
+        source: an AxBench release directory, a HyperStuff run, or a run of ours.
+        target: folder to make.
+        lm: base LM of the new run, a directory or a hub id; needed unless SOURCE is a run of ours.
+        layer: steering layer of the new run; no release's files name it.
+    """
+    from hypersteer_jax.training.launch import convert
+
+    convert(source, target, lm, layer)
+
+
 @app.command(name="check-golden")
 def check_golden(directory: Annotated[Path, tyro.conf.Positional]) -> int:
     """Compare with a recorded case of the PyTorch release; exits 1 if anything is out of tolerance.

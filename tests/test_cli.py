@@ -24,7 +24,7 @@ def test_help_imports_no_jax():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("quickstart", "train", "steer", "check-golden"):
+    for command in ("quickstart", "train", "steer", "convert", "check-golden"):
         assert command in out
 
 
@@ -44,6 +44,7 @@ def test_an_unknown_recipe_lists_the_known_ones(monkeypatch, capsys):
     ("words", "message"),
     [
         (["steer", "--prompt", "Hi.", "--concept", "tea", "--run", "nowhere"], "no run is stored here"),
+        (["convert", "nowhere", "x"], "neither a run nor a release"),
         (["check-golden", "nowhere"], "not a golden case"),
         (["train", "tinyworld", "--lm", "no/such-model", "--out", "x"], "not a directory"),
         (["train", "tinyworld", "--data.source", "train.parquet", "--out", "x"], "no such file"),

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from hypersteer_jax.config import RunConfig
+from hypersteer_jax.config import LMConfig, RunConfig
 from hypersteer_jax.data.batch import DataError, SteeringBatch, SteeringExample
 from hypersteer_jax.data.pipeline import encode, evaluation_batches, iterator, make_buckets, padding_report
 from hypersteer_jax.data.prompts import Prompter, load_tokenizer
 from hypersteer_jax.data.readers import read, split_concepts
 from hypersteer_jax.data.tinyworld.world import training_examples
 from hypersteer_jax.models.lm import LM
-from hypersteer_jax.models.weights import load_lm, resolve
+from hypersteer_jax.models.presets import from_hugging_face
+from hypersteer_jax.models.weights import load_lm, read_json, resolve
 
 TINYWORLD = "tinyworld"
 TINYWORLD_ROWS = 24_000  # steering examples drawn for training
@@ -40,6 +41,18 @@ def load_base(name: str, dtype: str) -> tuple[LM, Prompter]:
             return load_lm(path, jnp.dtype(dtype)), Prompter(load_tokenizer(path))
     path = resolve(name)
     return load_lm(path, jnp.dtype(dtype)), Prompter(load_tokenizer(path))
+
+
+def base_shape(name: str) -> LMConfig:
+    """Shape of a base LM that `load_base` loads; of a directory, only config.json is read.
+
+    Raises:
+        WeightsError, ConfigError: there is no such LM, or it is not supported.
+    """
+    if name == TINYWORLD:
+        with resources.as_file(resources.files("hypersteer_jax.data.tinyworld") / "lm") as path:
+            return from_hugging_face(read_json(path / "config.json"))
+    return from_hugging_face(read_json(resolve(name) / "config.json"))
 
 
 def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None]) -> TrainData:

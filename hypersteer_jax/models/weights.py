@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from hypersteer_jax.config import HypernetConfig, LMConfig
+from hypersteer_jax.config import HypernetConfig, LMConfig, hypernet_shape
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.presets import from_hugging_face, from_llama2c, to_hugging_face
@@ -144,12 +144,12 @@ def load_lm(path: Path, dtype: jnp.dtype, mesh: Mesh | None = None) -> LM:
     path = Path(path)
     if not path.is_dir():
         raise WeightsError(f"{path} is not a directory; give one that holds config.json and {SINGLE}")
-    values = _read_json(path / "config.json")
+    values = read_json(path / "config.json")
     if "dim" in values:
         config = from_llama2c(values)
         return _assemble(_lm(config), _whole(LLAMA2C, "layers", LLAMA2C_BLOCK), _npz(path), dtype, str(path), mesh)
     config = from_hugging_face(values)
-    return _assemble(_lm(config), _hugging_face(config), _safetensors(path), dtype, str(path), mesh)
+    return _assemble(_lm(config), _hugging_face(config), open_directory(path), dtype, str(path), mesh)
 
 
 def lm_from_tensors(config: LMConfig, tensors: Mapping[str, np.ndarray], dtype: jnp.dtype) -> LM:
@@ -167,15 +167,18 @@ def lm_tensors(lm: LM) -> dict[str, np.ndarray]:
     return _tensors(lm, lm.config, lm.config.layers, _hugging_face(lm.config))
 
 
-def hypernet_from_tensors(config: HypernetConfig, lm: LMConfig, tensors: Mapping[str, np.ndarray]) -> Hypernet:
-    """Builds a float32 hypernetwork from tensors by their names in the AxBench release.
+def hypernet_from_tensors(
+    config: HypernetConfig, lm: LMConfig, tensors: Mapping[str, np.ndarray], where: str = "tensors"
+) -> Hypernet:
+    """Builds a float32 hypernetwork from tensors by their names in the AxBench release; `where` they are, for messages.
 
     Raises:
         WeightsError: tensors are missing, extra or misshapen: all of them are listed.
     """
     found = {name: _in_memory(tensor) for name, tensor in tensors.items()}
-    skeleton = Skeleton(lambda: Hypernet(config, lm, nnx.Rngs(0)), lm, config.blocks)
-    return _assemble(skeleton, _release(lm), found, jnp.float32, "tensors", None)
+    shape = hypernet_shape(config, lm)
+    skeleton = Skeleton(lambda: Hypernet(config, lm, nnx.Rngs(0)), shape, config.blocks)
+    return _assemble(skeleton, _release(shape), found, jnp.float32, where, None)
 
 
 def hypernet_tensors(hypernet: Hypernet) -> dict[str, np.ndarray]:
@@ -202,7 +205,14 @@ def save_lm(lm: LM, path: Path, max_shard: int = MAX_SHARD) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for old in (path / "config.json", *path.glob("model*.safetensors"), path / INDEX):
         old.unlink(missing_ok=True)
-    tensors = lm_tensors(lm)
+    save_tensors(lm_tensors(lm), values, path, max_shard)
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], config: dict[str, Any], path: Path, max_shard: int) -> None:
+    """Writes model.safetensors, or shards of at most `max_shard` bytes and their index, and config.json.
+
+    All tensors have one dtype, which config.json names (`torch_dtype`).
+    """
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -220,7 +230,8 @@ def save_lm(lm: LM, path: Path, max_shard: int = MAX_SHARD) -> None:
         total = sum(tensor.nbytes for tensor in tensors.values())
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    _write_json(path / "config.json", values | {"torch_dtype": str(tensors["model.norm.weight"].dtype)})
+    [dtype] = {str(tensor.dtype) for tensor in tensors.values()}
+    _write_json(path / "config.json", config | {"torch_dtype": dtype})
 
 
 def resolve(name: str) -> Path:
@@ -349,29 +360,36 @@ def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[letter] for letter in axis) for axis in axes.split())
 
 
-def _safetensors(path: Path) -> dict[str, Stored]:
-    """Names and shapes of all tensors in a directory; the files stay mapped until the result is dropped."""
+def open_directory(path: Path) -> dict[str, Stored]:
+    """Names and shapes of all tensors in a directory; the files stay mapped until the result is dropped.
+
+    Raises:
+        WeightsError: a file is missing or damaged.
+    """
     if (path / SINGLE).exists():
         files = [SINGLE]
     elif (path / INDEX).exists():
-        files = sorted(set(_read_json(path / INDEX).get("weight_map", {}).values()))
+        files = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
     else:
         raise WeightsError(
             f"{path} has neither {SINGLE} nor {INDEX}; other formats are converted by transformers: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
-    found = {}
-    for file in files:
-        try:
-            handle = safe_open(path / file, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"{path / file} cannot be read: {error}; it is missing, empty or cut short, copy it again"
-            ) from error
-        for name in sorted(handle.keys()):
-            shape = tuple(handle.get_slice(name).get_shape())
-            found[name] = Stored(shape, partial(handle.get_tensor, name))
-    return found
+    return {name: stored for file in files for name, stored in open_file(path / file).items()}
+
+
+def open_file(path: Path) -> dict[str, Stored]:
+    """As `open_directory`, for one file."""
+    try:
+        handle = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} cannot be read: {error}; it is missing, empty or cut short, copy it again"
+        ) from error
+    return {
+        name: Stored(tuple(handle.get_slice(name).get_shape()), partial(handle.get_tensor, name))
+        for name in sorted(handle.keys())
+    }
 
 
 def _npz(path: Path) -> dict[str, Stored]:
@@ -390,7 +408,12 @@ def _in_memory(tensor: np.ndarray) -> Stored:
     return Stored(tensor.shape, lambda: tensor)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file.
+
+    Raises:
+        WeightsError: it is missing or damaged.
+    """
     try:
         return json.loads(path.read_text())
     except OSError as error:

@@ -65,9 +65,13 @@ def open_checkpoints(run: Path) -> ocp.training.Checkpointer:
     return ocp.training.Checkpointer(directory, preservation_policy=policy, cleanup_tmp_directories=True)
 
 
-def save(checkpoints: ocp.training.Checkpointer, step: int, state: Any, data: Any) -> None:
-    """Starts saving in the background; the arrays are copied before it returns, so they may be donated."""
-    checkpoints.save_checkpointables_async(step, {"state": state, "data": data}, force=True)
+def save(checkpoints: ocp.training.Checkpointer, step: int, state: Any, data: Any = None) -> None:
+    """Starts saving in the background; the arrays are copied before it returns, so they may be donated.
+
+    Without `data`, a Grain iterator, the checkpoint can be used, but training cannot be resumed from it.
+    """
+    parts = {"state": state} | ({} if data is None else {"data": data})
+    checkpoints.save_checkpointables_async(step, parts, force=True)
 
 
 def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, mesh: Mesh, data: Any = None) -> Any:

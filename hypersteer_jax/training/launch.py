@@ -12,13 +12,23 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hypersteer_jax.config import ConfigError, RunConfig, check, to_dict
-from hypersteer_jax.data.sources import load_base, load_data
+from hypersteer_jax.config import ConfigError, RunConfig, SteeringConfig, check, to_dict
+from hypersteer_jax.data.sources import base_shape, load_base, load_data
 from hypersteer_jax.generation import Decoding, Request, Steered, complete
+from hypersteer_jax.models.convert import (
+    HYPERSTUFF_WEIGHTS,
+    check_expressible,
+    hyperstuff_weights,
+    new_directory,
+    read_hyperstuff,
+    read_release,
+    write_release,
+)
 from hypersteer_jax.models.hypernet import Hypernet
+from hypersteer_jax.models.weights import WeightsError
 from hypersteer_jax.sharding import make_mesh
 from hypersteer_jax.training import checkpoint
-from hypersteer_jax.training.train import Report, TrainState, init_state, train
+from hypersteer_jax.training.train import Report, TrainState, init_state, new_state, train
 
 
 def launch(config: RunConfig, resume: bool = False, console: Console | None = None) -> Steered:
@@ -115,6 +125,51 @@ def load_run(run: Path) -> Steered:
     with checkpoint.open_checkpoints(run) as checkpoints:
         state = checkpoint.restore(checkpoints, abstract, mesh)
     return Steered(lm, prompter, off_mesh(state.hypernet), dataclasses.replace(config, out=run))
+
+
+def convert(source: Path, target: Path, lm: str | None, layer: int, console: Console | None = None) -> None:
+    """Turns a PyTorch release's checkpoint into a run, or a run into an AxBench release directory.
+
+    What `source` is tells the direction. A new run has no optimizer state but zeros, at step 0, and no place in any
+    data: it can be steered with, not resumed. Other settings than those below are the defaults.
+
+    Args:
+        source: a run (config.json and checkpoints/), an AxBench release (config.json and safetensors) or a HyperStuff
+            run (train/HyperSteer_weight.safetensors).
+        target: a name that is free; nothing is left there if anything is wrong.
+        lm: base LM of the new run, since no release names it; not used when `source` is a run.
+        layer: its steering layer ℓ, likewise; 20 in all published results.
+        console: where to say what was made.
+
+    Raises:
+        ConfigError, WeightsError, CheckpointError: naming the setting, the file or the tensors.
+    """
+    console = console or Console()
+    if (source / "checkpoints").is_dir():
+        model = load_run(source)
+        check_expressible(model.config, model.lm.config)
+        with new_directory(target) as part:
+            write_release(model.hypernet, model.lm.embedding[...], part)
+        console.print(f"AxBench release directory in {target}")
+        return
+    weights = hyperstuff_weights(source)
+    if weights is None and not (source / "config.json").is_file():
+        raise WeightsError(
+            f"{source} is neither a run nor a release; give a folder with config.json and checkpoints, "
+            f"with config.json and safetensors, or with train/{HYPERSTUFF_WEIGHTS}"
+        )
+    if lm is None:
+        raise ConfigError(f"--lm is not given, and {source} does not name its base LM; give a directory or a hub id")
+    shape = base_shape(lm)
+    hypernet = read_release(source, shape) if weights is None else read_hyperstuff(weights, shape)
+    steering = SteeringConfig((layer,), train_positions="after_prefix" if weights is None else "after_bos")
+    config = RunConfig(lm=lm, out=target, hypernet=hypernet.config, steering=steering)
+    check(config, shape)
+    with new_directory(target) as part:
+        checkpoint.write_config(part, config)
+        with checkpoint.open_checkpoints(part) as checkpoints:
+            checkpoint.save(checkpoints, 0, new_state(hypernet, config.train))
+    console.print(f"run in {target}; try: hypersteer steer --run {target} --prompt ... --concept ...")
 
 
 def show_steered(

@@ -57,8 +57,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def init_state(config: RunConfig, lm: LM) -> TrainState:
     """The state before the first step, float32."""
-    hypernet = init_hypernet(config.hypernet, lm, nnx.Rngs(config.train.seed))
-    return TrainState(jnp.zeros((), jnp.int32), hypernet, make_optimizer(config.train).init(hypernet))
+    return new_state(init_hypernet(config.hypernet, lm, nnx.Rngs(config.train.seed)), config.train)
+
+
+def new_state(hypernet: Hypernet, config: TrainConfig) -> TrainState:
+    """Step 0 of a hypernetwork."""
+    return TrainState(jnp.zeros((), jnp.int32), hypernet, make_optimizer(config).init(hypernet))
 
 
 def batch_loss(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[Array, Array]:
