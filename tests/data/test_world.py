@@ -180,7 +180,7 @@ def test_no_steering_cell_occurs_in_the_corpus() -> None:
         assert subject not in steering_subjects(WORLD, concept), (concept.key, subject.name)
         if concept.kind == "pair":
             assert split_of(concept) == "corpus"
-    assert min(met[kind] for kind in ("neutral", "topic", "manner", "pair")) > 300  # else this test sees nothing
+    assert min(met[kind] for kind in ("neutral", "topic", "manner", "pair")) > 200  # else this test sees nothing
 
 
 def test_what_prompts_of_the_corpus_say_of_the_concept() -> None:
@@ -197,9 +197,8 @@ def test_what_prompts_of_the_corpus_say_of_the_concept() -> None:
             assert words([rest]) & set(concept.topic.words)
         else:
             said["named"] += 1
-            known = phrasings(concept, kept=True) | phrasings(concept, kept=False)
-            assert concept.kind == "pair" or any(phrase in rest for phrase in known), (concept.key, rest)
-    assert min(said[how] for how in ("open", "neutral", "hinted", "named")) > 300, said
+            assert all(any(name in rest for name in part.names) for part in concept if part), (concept.key, rest)
+    assert min(said[how] for how in ("open", "neutral", "hinted", "named")) > 200, said
 
 
 def test_plain_documents_hold_no_pair() -> None:
