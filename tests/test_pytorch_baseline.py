@@ -27,9 +27,9 @@ transformers = pytest.importorskip("transformers", reason="not run: the PyTorch 
 torch.set_num_threads(1)
 
 # Below the lines that skip without torch.
-from experiments.pytorch_baseline import golden as baseline_golden  # noqa: E402
-from experiments.pytorch_baseline import hypernet as baseline_hypernet  # noqa: E402
-from experiments.pytorch_baseline.steering import (  # noqa: E402
+from hypersteer_jax.pytorch_baseline import golden as baseline_golden  # noqa: E402
+from hypersteer_jax.pytorch_baseline import hypernet as baseline_hypernet  # noqa: E402
+from hypersteer_jax.pytorch_baseline.steering import (  # noqa: E402
     FORMS,
     Baseline,
     Outputs,
@@ -38,7 +38,7 @@ from experiments.pytorch_baseline.steering import (  # noqa: E402
     steer,
     steered,
 )
-from experiments.pytorch_baseline.train import start, train, train_step  # noqa: E402
+from hypersteer_jax.pytorch_baseline.train import start, train, train_step  # noqa: E402
 
 LAYER, PREFIX = 2, 2
 # The baseline knows no sliding window in the hypernetwork; it never binds on texts of the real lengths.

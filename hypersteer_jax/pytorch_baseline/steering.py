@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 from transformers import Gemma2ForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from experiments.pytorch_baseline.hypernet import Hypernet
 from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.pytorch_baseline.hypernet import Hypernet
 
 IGNORED = -100  # label of a token that is not scored
 
@@ -84,20 +83,26 @@ def forward(baseline: Baseline, batch: Batch) -> Outputs:
     return Outputs(context, vector, unsteered_logits, logits, response_loss(logits, batch.labels))
 
 
-def base_pass(lm: Gemma2ForCausalLM, tokens: Tensor, mask: Tensor, states: bool = False) -> CausalLMOutputWithPast:
+class Pass(NamedTuple):
+    """What one pass of the base LM gives."""
+
+    logits: Tensor  # [B, T, V] float32
+    states: tuple[Tensor, ...]  # [B, T, D] each: residual entering every block, and the last; empty if not wanted
+
+
+def base_pass(lm: Gemma2ForCausalLM, tokens: Tensor, mask: Tensor, states: bool = False) -> Pass:
     """One whole pass of the base LM: all blocks, the logits of all positions, and the states of all blocks if wanted.
 
     The logits are float32 whether anything reads them or not, as in transformers 4.45.1, which the releases pin.
     """
     output = lm(input_ids=tokens, attention_mask=mask, output_hidden_states=states)
-    output.logits = output.logits.float()
-    return output
+    return Pass(output.logits.float(), output.hidden_states or ())
 
 
 def read_context(baseline: Baseline, batch: Batch) -> Tensor:
     """Residual entering the steered block, `[B, T, D]`; the releases agree at the prompt's tokens only."""
     mask = batch.prompt_mask if baseline.form.prompt_only else batch.mask
-    return base_pass(baseline.lm, batch.tokens, mask, states=True).hidden_states[baseline.layer]
+    return base_pass(baseline.lm, batch.tokens, mask, states=True).states[baseline.layer]
 
 
 def write_vector(baseline: Baseline, batch: Batch, context: Tensor) -> Tensor:

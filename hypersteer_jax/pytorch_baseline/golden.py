@@ -1,6 +1,6 @@
 """The baseline in its `release` form on a recorded case of the release, as `hypersteer check-golden` shows for JAX.
 
-python -m experiments.pytorch_baseline.golden DIR
+python -m hypersteer_jax.pytorch_baseline.golden DIR
 """
 
 import argparse
@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config
 
-from experiments.pytorch_baseline.hypernet import hypernet_config, load_hypernet, load_lm
-from experiments.pytorch_baseline.steering import FORMS, Baseline, Batch, base_pass, forward, write_vector
-from experiments.pytorch_baseline.train import start, train, train_step
 from hypersteer_jax.evaluation.golden import (
     FORWARD,
     GRADIENT,
@@ -25,6 +22,9 @@ from hypersteer_jax.evaluation.golden import (
     run_rows,
     worst,
 )
+from hypersteer_jax.pytorch_baseline.hypernet import hypernet_config, load_hypernet, load_lm
+from hypersteer_jax.pytorch_baseline.steering import FORMS, Baseline, Batch, base_pass, forward, write_vector
+from hypersteer_jax.pytorch_baseline.train import start, train, train_step
 
 
 def recorded_baseline(golden: Golden) -> Baseline:
@@ -91,8 +91,8 @@ def _training(golden: Golden) -> list[Row]:
     baseline, batch, optimizer = recorded_baseline(golden), recorded_batch(golden), golden.meta["optimizer"]
     forward(baseline, batch).loss.backward()
     parameters = dict(baseline.hypernet.named_parameters())
-    unused = {name for name, parameter in parameters.items() if parameter.grad is None}
-    grads = {name: parameters[name].grad.numpy() for name in parameters.keys() - unused}
+    grads = {name: parameter.grad.numpy() for name, parameter in parameters.items() if parameter.grad is not None}
+    unused = parameters.keys() - grads.keys()
     baseline.hypernet.zero_grad()
     training = start(baseline, optimizer["lr"], optimizer["steps"])
     first = train_step(training, batch)

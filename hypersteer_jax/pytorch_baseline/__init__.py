@@ -23,7 +23,7 @@ Weights and batches come from outside: `hypernet.load_hypernet` takes the tensor
 `hypersteer_jax.models.weights.hypernet_tensors` gives, `steering.release_batch` takes a `SteeringBatch`. Everything is
 in the one dtype and, under `torch.set_default_device`, on the one device that they are loaded to.
 
-    python -m experiments.pytorch_baseline.golden DIR  # the release's recorded numbers; exit status 1 if they differ
+    python -m hypersteer_jax.pytorch_baseline.golden DIR  # the release's recorded numbers; exit status 1 if they differ
 
 Needs the extra `[torch]`. Expected: every row agrees, within 5e-6.
 """

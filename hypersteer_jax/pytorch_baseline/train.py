@@ -7,7 +7,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from experiments.pytorch_baseline.steering import Baseline, Batch, forward
+from hypersteer_jax.pytorch_baseline.steering import Baseline, Batch, forward
 
 
 class Training(NamedTuple):
