@@ -1,8 +1,9 @@
 """`hypersteer <command>`. Each command is one call into a module, imported when it runs, so that help is instant."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -102,6 +103,28 @@ def check_golden(directory: Annotated[Path, tyro.conf.Positional]) -> int:
     from hypersteer_jax.evaluation.golden import print_comparison
 
     return 0 if print_comparison(directory) else 1
+
+
+@app.command(name="compare")
+def compare(
+    form: Literal["release", "hyperstuff"] = "release",
+    steps: int = 50,
+    seed: int = 0,
+    out: Path = Path("runs/compare"),
+) -> int:
+    """Train beside the PyTorch baseline on the embedded world; report in `out`; exits 1 if numbers differ.
+
+    Args:
+        form: which of the two public releases the baseline computes as.
+        steps: training steps of both sides.
+        seed: of initialisation and data.
+        out: folder for FORM.md, FORM.png and FORM.json; an earlier report of this form is replaced.
+    """
+    if find_spec("torch") is None:
+        raise ConfigError('torch is not installed, and the baseline needs it; pip install -e ".[torch]" in a clone')
+    from hypersteer_jax.evaluation.compare import run_comparison
+
+    return 0 if run_comparison(form, steps, seed, out) else 1
 
 
 def main() -> None:

@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
-from transformers import Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hypersteer_jax.data.batch import SteeringBatch
-from hypersteer_jax.pytorch_baseline.hypernet import Hypernet
+from hypersteer_jax.models import hypernet as ours
+from hypersteer_jax.models.lm import LM
+from hypersteer_jax.models.presets import to_hugging_face
+from hypersteer_jax.models.weights import hypernet_tensors, lm_tensors
+from hypersteer_jax.pytorch_baseline.hypernet import Hypernet, hypernet_config, load_hypernet, load_lm
 
 IGNORED = -100  # label of a token that is not scored
 
@@ -60,6 +64,14 @@ class Baseline(NamedTuple):
     lm: Gemma2ForCausalLM
     hypernet: Hypernet
     layer: int  # the block whose input is the context and whose output is steered
+
+
+def baseline_of(form: str, lm: LM, hypernet: ours.Hypernet, layer: int, dtype: torch.dtype = torch.float32) -> Baseline:
+    """One release with copies of our weights; a table of embeddings that our hypernetwork has not is zero."""
+    copied = load_lm(Gemma2Config(**to_hugging_face(lm.config)), lm_tensors(lm), dtype)
+    table = {"embed_tokens.weight": np.zeros((lm.config.vocab, lm.config.width), np.float32)}
+    config = hypernet_config(copied.config, hypernet.config.blocks)
+    return Baseline(FORMS[form], copied, load_hypernet(config, table | hypernet_tensors(hypernet), dtype), layer)
 
 
 class Outputs(NamedTuple):
