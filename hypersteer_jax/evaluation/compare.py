@@ -230,9 +230,9 @@ def greedy_texts(sides: Sides, hypernet: Hypernet, data: TrainData, prompter: Pr
             prompts.append(batch.tokens[row][: batch.context_mask.shape[1]][batch.context_mask[row]])
             concepts.append(batch.concept_tokens[row][batch.concept_mask[row]])
     end = -1 if prompter.end_id is None else prompter.end_id
-    tokens, mask = left_pad(prompts, prompter.pad_id)
-    concept_tokens, concept_mask = left_pad(concepts, prompter.pad_id)
-    where = mask & (np.cumsum(mask, axis=1) > prompter.prefix)
+    tokens, mask = map(jnp.asarray, left_pad(prompts, prompter.pad_id))
+    concept_tokens, concept_mask = map(jnp.asarray, left_pad(concepts, prompter.pad_id))
+    where = mask & (jnp.cumsum(mask, axis=1) > prompter.prefix)
     context = our_context(sides.lm, tokens, mask, sides.config.steering)
     vector = hypernet(concept_tokens, concept_mask, context, mask, sides.lm.embedding[...])
     rows = len(prompts)
@@ -245,10 +245,10 @@ def greedy_texts(sides: Sides, hypernet: Hypernet, data: TrainData, prompter: Pr
         pads = concept_tokens.shape[1] - len(concept)
         theirs = greedy(sides.baseline, prompt, concept, pads, prompter.prefix, MAX_NEW, end)
         asked = prompt[: prompt.index(end)] if end in prompt else prompt  # without the opening of the model's turn
-        shown = (
+        shown = [
             prompter.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (concept, asked, ours, theirs)
-        )
-        texts.append(Text(*shown, differs=first_difference(ours, theirs)))
+        ]
+        texts.append(Text(shown[0], shown[1], shown[2], shown[3], first_difference(ours, theirs)))
     return texts
 
 
@@ -354,8 +354,8 @@ def _markdown(form: Form, sides: Sides, found: Comparison) -> str:
     lines += [
         "",
         f"The baseline takes {found.faster:.1f} times as long: median over {len(found.speeds[0].seconds)} batches of "
-        "the same rows, stepped on in turns by both sides, warm; ours padded to its bucket, the baseline's to its longest "
-        "row. Models this small measure overhead as much as arithmetic.",
+        "the same rows, stepped on in turns by both sides, warm; ours padded to its bucket, the baseline's to its "
+        "longest row. Models this small measure overhead as much as arithmetic.",
         "",
         "; ".join(f"{name} {value}" for name, value in machine().items()) + ".",
         "",
