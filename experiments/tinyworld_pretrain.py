@@ -2,7 +2,7 @@
 
     python experiments/tinyworld_pretrain.py --out runs/tinyworld_lm
 
-About 25 minutes on 2 cores. Figures of the shipped checkpoint: experiments/results/tinyworld_lm.md.
+About 40 minutes. Figures of the shipped checkpoint: experiments/results/tinyworld_lm.md.
 The architecture is Gemma-2's; the corpus is `hypersteer_jax.data.tinyworld.world.corpus`.
 """
 

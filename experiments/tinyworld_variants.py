@@ -2,8 +2,9 @@
 
     python experiments/tinyworld_variants.py --out runs/variants
 
-About 40 minutes on 2 cores; finished runs are kept and not repeated. Expected (arXiv 2506.03292, Table 1, Gemma-2-2B):
-cross-attention above in-context above no-context, held-in and held-out, and prompting above all on held-out concepts.
+About 30 minutes on 2 cores; finished runs are kept and not repeated, so processes may share the work by `--seeds`.
+Expected (arXiv 2506.03292, Table 1, Gemma-2-2B): cross-attention above in-context above no-context, held-in and
+held-out, and prompting above all on held-out concepts.
 What came out here: experiments/results/tinyworld_variants.md, which this script writes.
 """
 

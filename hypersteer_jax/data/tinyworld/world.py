@@ -285,9 +285,11 @@ def corpus(seed: int) -> Iterator[tuple[str | None, str]]:
         "manner": [Concept(None, manner) for manner in world.manners],
         "pair": concepts(world, "pair", "corpus"),
     }
-    plain = {"list": 4, "story": 2, "bag": 1.5}
-    # (what the prompt says of the concept, kind of concept)
-    chats = {
+    # Plain texts, then chats by what the prompt says of the concept, and its kind.
+    shares: dict[tuple[str, Kind | None], float] = {
+        ("list", None): 4,
+        ("story", None): 2,
+        ("bag", None): 1.5,
         ("named", "topic"): 6,
         ("named", "manner"): 1.5,
         ("named", "pair"): 3,
@@ -296,14 +298,14 @@ def corpus(seed: int) -> Iterator[tuple[str | None, str]]:
         ("open", "pair"): 0.8,
         ("open", None): 0.8,
     }
-    shares = plain | chats
     while True:
-        form = rng.choices(list(shares), list(shares.values()))[0]
-        if form in ("list", "bag"):
+        how, kind = rng.choices(list(shares), list(shares.values()))[0]
+        concept: Concept | None
+        if how in ("list", "bag"):
             topic = rng.choice(world.topics)
-            title = f"{steering_prompt(Concept(topic, None), rng, 'all')}: " if form == "list" else ""
+            title = f"{steering_prompt(Concept(topic, None), rng, 'all')}: " if how == "list" else ""
             yield None, f"{title}{_listed(topic, 9, rng)}."
-        elif form == "story":
+        elif how == "story":
             concept = rng.choice(pools["topic"] + pools["manner"] * 3)
             title, lines = steering_prompt(concept, rng, "all"), []
             if concept.topic is not None:
@@ -312,13 +314,12 @@ def corpus(seed: int) -> Iterator[tuple[str | None, str]]:
                 lines += [rng.choice(concept.manner.openers), rng.choice(concept.manner.closers)]
             yield None, f"{title}. {' '.join(lines)}"
         else:
-            how, kind = form
             concept = rng.choice(pools[kind]) if kind else None
             subject = rng.choice([s for s in world.subjects if concept is None or in_corpus(concept, s)])
             asked = instruction(subject, rng)
-            if how == "hinted":
+            if how == "hinted" and concept is not None and concept.topic is not None:
                 asked = f"{asked} Think of {_listed(concept.topic, 3, rng)}."
-            elif how == "named":
+            elif how == "named" and concept is not None:
                 asked = prompted(asked, steering_prompt(concept, rng, "all"), rng)
             yield asked, answer(concept, subject, rng)
 
