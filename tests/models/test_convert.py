@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from hypersteer_jax.config import ConfigError, HypernetConfig, LMConfig, RunConfig, SteeringConfig, TrainConfig
+from hypersteer_jax.config import ConfigError, HypernetConfig, RunConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.models.convert import check_expressible, read_hyperstuff, read_release, write_release
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import cast
@@ -22,26 +22,22 @@ from hypersteer_jax.models.weights import WeightsError, hypernet_tensors, save_l
 from hypersteer_jax.training import checkpoint, launch
 from hypersteer_jax.training.train import TrainState, new_state
 from tests.conftest import random_hypernet
-from tests.models.tiny import random_lm
+from tests.models.tiny import CONFIGS, random_lm
 
 # Both releases are Gemma-2 networks with heads of 256, which no tensor shows; the rest is as small as can be.
-LM = LMConfig(
-    family="gemma2",
-    vocab=6000,  # the tiny world's tokenizer has 5940 words
+LM = dataclasses.replace(
+    CONFIGS["gemma2"],
+    vocab=6000,  # more than the tiny world's tokenizer has
     layers=3,
     width=16,
     heads=2,
     kv_heads=1,
     head_dim=256,
     mlp_width=24,
-    norm_offset=1.0,
-    sandwich_norms=True,
-    activation="gelu_tanh",
     attention_scale=256**-0.5,
     attention_softcap=50.0,
     final_softcap=30.0,
     sliding_window=4096,
-    scale_embedding=True,
 )
 OWN_SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 4, "mlp_width": 40, "attention_scale": 224**-0.5}
 NET = HypernetConfig(blocks=2, init="random")

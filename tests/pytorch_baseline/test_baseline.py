@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
@@ -17,19 +19,9 @@ from hypersteer_jax.evaluation.golden import Row, load_golden, relative_error
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.presets import to_hugging_face
 from hypersteer_jax.models.weights import hypernet_tensors, lm_tensors
-from hypersteer_jax.training.train import TrainState, make_optimizer
-from hypersteer_jax.training.train import train_step as jax_train_step
-from tests.conftest import random_hypernet, random_rows
-from tests.models.tiny import CONFIGS, random_lm
-
-torch = pytest.importorskip("torch", reason="the baseline needs torch; not run: the PyTorch baseline")
-transformers = pytest.importorskip("transformers", reason="not run: the PyTorch baseline")
-torch.set_num_threads(1)
-
-# Below the lines that skip without torch.
-from hypersteer_jax.pytorch_baseline import golden as baseline_golden  # noqa: E402
-from hypersteer_jax.pytorch_baseline import hypernet as baseline_hypernet  # noqa: E402
-from hypersteer_jax.pytorch_baseline.steering import (  # noqa: E402
+from hypersteer_jax.pytorch_baseline import golden as baseline_golden
+from hypersteer_jax.pytorch_baseline import hypernet as baseline_hypernet
+from hypersteer_jax.pytorch_baseline.steering import (
     FORMS,
     Baseline,
     Outputs,
@@ -38,7 +30,13 @@ from hypersteer_jax.pytorch_baseline.steering import (  # noqa: E402
     steer,
     steered,
 )
-from hypersteer_jax.pytorch_baseline.train import start, train, train_step  # noqa: E402
+from hypersteer_jax.pytorch_baseline.train import start, train, train_step
+from hypersteer_jax.training.train import TrainState, make_optimizer
+from hypersteer_jax.training.train import train_step as jax_train_step
+from tests.conftest import random_hypernet, random_rows
+from tests.models.tiny import CONFIGS, random_lm
+
+torch.set_num_threads(1)
 
 LAYER, PREFIX = 2, 2
 # The baseline knows no sliding window in the hypernetwork; it never binds on texts of the real lengths.
