@@ -12,6 +12,7 @@ Letters: B batch, T length, C context length, R scored tokens, D width, V vocabu
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,17 +24,21 @@ from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, ranks
 
 Run = Callable[[Array, int, int], Array]  # (residual, start, stop) -> residual
+Select = Callable[[Array, Array, int], Array]  # (residual, vector, layer) -> how much of it each token takes, [B, T]
 
 
 def steer(
-    residual: Float[Array, "B T D"], vector: Float[Array, "B D"], factor: Float[Array, " B"], where: Bool[Array, "B T"]
+    residual: Float[Array, "B T D"],
+    vector: Float[Array, "B D"],
+    factor: Float[Array, " B"],
+    gate: Bool[Array, "B T"] | Float[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """The residual with `factor * vector` added at the positions where `where` is True (paper, eq. 1).
+    """The residual with `gate * factor * vector` added (paper, eq. 1, where the gate is True or False).
 
-    The factor has no default: a factor that is forgotten must not pass silently as 1. At factor 0, and at positions
-    outside `where`, the residual is unchanged to the bit.
+    The factor has no default: a factor that is forgotten must not pass silently as 1. At factor 0, and where the gate
+    is 0 or False, the residual is unchanged to the bit.
     """
-    added = factor[:, None, None] * vector[:, None, :] * where[:, :, None]
+    added = factor[:, None, None] * vector[:, None, :] * gate[:, :, None]
     return residual + added.astype(residual.dtype)
 
 
@@ -50,13 +55,19 @@ def upper_pass(
     factor: Float[Array, " B"],
     where: Bool[Array, "B T"],
     config: SteeringConfig,
-) -> Float[Array, "B T D"]:
-    """From the context's residual to the last block's, the vector added to the output of each steered block."""
-    at = lower_blocks(config)
+    select: Select | None,
+) -> tuple[Float[Array, "B T D"], list[Array]]:
+    """From the context's residual to the last block's, the vector added to the output of each steered block.
+
+    The gate of a block is `where`, or with a selection head what that says there; the gates are returned as well.
+    """
+    at, gates = lower_blocks(config), []
     for layer in config.layers:
-        residual = steer(run(residual, at, layer + 1), vector, factor, where)
+        residual = run(residual, at, layer + 1)
+        gates.append(where if select is None else where * select(residual, vector, layer))
+        residual = steer(residual, vector, factor, gates[-1])
         at = layer + 1
-    return run(residual, at, layers)
+    return run(residual, at, layers), gates
 
 
 def read_context(lm: LM, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], config: SteeringConfig) -> Array:
@@ -65,9 +76,14 @@ def read_context(lm: LM, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], co
 
 
 def steered_residual(
-    hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig, remat: bool = False
-) -> Float[Array, "B R D"]:
-    """Last residual at the positions that predict the response tokens, under steering.
+    hypernet: Hypernet,
+    lm: LM,
+    batch: SteeringBatch,
+    config: SteeringConfig,
+    remat: bool = False,
+    key: Array | None = None,
+) -> tuple[Float[Array, "B R D"], list[Array]]:
+    """Last residual at the positions that predict the response tokens, under steering, and the gates `[B, T]`.
 
     Args:
         hypernet: the trained network; gradients are taken with respect to it.
@@ -75,6 +91,7 @@ def steered_residual(
         batch: see `SteeringBatch`; the vector is scaled by its `factor`.
         config: where to read and write.
         remat: recompute block activations in the backward pass.
+        key: in training, of a selection head's noise; without it such a head does as at inference.
     """
     residual = read_context(lm, batch.tokens, batch.mask, config)
     context = residual[:, : batch.context_mask.shape[1]]  # rows start with their prompt
@@ -86,10 +103,13 @@ def steered_residual(
     def run(x: Array, start: int, stop: int) -> Array:
         return lm.run(x, positions, batch.mask, start, stop, remat)
 
-    residual = upper_pass(run, residual, lm.config.layers, vector, batch.factor, batch.steer_mask, config)
-    return jnp.take_along_axis(residual, batch.response_index[..., None], axis=1)
+    select = None if hypernet.selection is None else partial(hypernet.selection, key=key)
+    layers = lm.config.layers
+    residual, gates = upper_pass(run, residual, layers, vector, batch.factor, batch.steer_mask, config, select)
+    return jnp.take_along_axis(residual, batch.response_index[..., None], axis=1), gates
 
 
 def steered_logits(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Float[Array, "B R V"]:
     """Logits that predict the response tokens, float32; training never holds them whole (`loss.response_nll`)."""
-    return lm.unembed(steered_residual(hypernet, lm, batch, config))
+    residual, _ = steered_residual(hypernet, lm, batch, config)
+    return lm.unembed(residual)

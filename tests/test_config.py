@@ -80,7 +80,7 @@ def test_missing_keys_are_defaults_and_integers_serve_as_floats() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"step": 3}, r"config: unknown key step; RunConfig has lm, out, hypernet, steering, data, train"),
+        ({"step": 3}, r"config: unknown key step; RunConfig has lm, out, hypernet, steering, selection, data, train"),
         ({"train": {"stepz": 3, "lr": 1}}, r"config\.train: unknown key lr, stepz; TrainConfig has steps, batch"),
         ({"train": {"steps": "10"}}, r"config\.train\.steps is '10'; give a value of type int"),
         ({"train": {"steps": 10.0}}, r"config\.train\.steps is 10\.0; give a value of type int"),
