@@ -94,7 +94,7 @@ class SteeringConfig:
 class SelectionConfig:
     """The selection head: a gate on the vector at each token (HyperStuff release, whose defaults these are)."""
 
-    on: bool = False
+    on: bool = False  # off is the paper's method
     layer_norm: bool = True  # LayerNorm over residual and vector before the projection
     noise: bool = True  # logistic noise on the logit, in training only
     temperature_start: float = 1.0  # divides the logit

@@ -34,22 +34,25 @@ def golden_dir() -> Path:
     return folder_or_skip(SHARED / "reference/golden/gemma2_tiny_a", "numbers of the PyTorch release, reproduced")
 
 
-def random_hypernet(config, lm_config, seed: int = 1):
+def random_hypernet(config, lm_config, seed: int = 1, selection=None):
     """A hypernetwork whose every weight is random: norms, biases and zero starts, too."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
 
-    from hypersteer_jax.models.hypernet import Hypernet
+    from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        is_norm = any(word in jax.tree_util.keystr(path) for word in ("norm", "pre_", "post_"))
+        name = jax.tree_util.keystr(path)
+        if "temperature" in name:
+            return jnp.asarray(rng.uniform(0.3, 0.6), jnp.float32)
+        is_norm = any(word in name for word in ("norm", "pre_", "post_"))
         return jnp.asarray(is_norm * (1 - lm_config.norm_offset) + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
 
-    shapes = jax.eval_shape(lambda: Hypernet(config, lm_config, nnx.Rngs(0)))
+    shapes = jax.eval_shape(lambda: Hypernet(config, lm_config, nnx.Rngs(0), selection or NO_SELECTION))
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax import Array
 
-from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig
+from hypersteer_jax.config import HypernetConfig, RunConfig, SelectionConfig, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket, collate
-from hypersteer_jax.models.hypernet import Hypernet
+from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 from hypersteer_jax.models.lm import LM, cast, ranks
-from hypersteer_jax.steering import lower_blocks, read_context, steer, steered_logits
-from hypersteer_jax.training.train import batch_loss, init_state, train_step
+from hypersteer_jax.steering import lower_blocks, read_context, steer, steered_logits, steered_residual
+from hypersteer_jax.training.train import batch_loss, init_state, objective, train_step
 from tests.conftest import random_hypernet, random_rows
 from tests.models.tiny import CONFIGS, random_lm
 
@@ -219,8 +219,49 @@ def test_context_is_read_at_the_first_steered_block() -> None:
     assert [lower_blocks(CASES[name]) for name in names] == [3, 1, 2, 1]
 
 
-def run_config(net: HypernetConfig, remat: bool = False) -> RunConfig:
-    config = RunConfig(hypernet=net, steering=ONE)
+HEAD = SelectionConfig(on=True)
+GATED = random_hypernet(NET.config, BASE.config, seed=3, selection=HEAD)
+with_gates = jax.jit(steered_residual, static_argnames=("config", "remat"))
+
+
+@pytest.mark.parametrize("context", ["entering", "leaving"])
+def test_each_steered_block_is_gated_by_its_own_residual(context: str) -> None:
+    config = SteeringConfig(layers=(1, 2), context=context)
+    vector = np.asarray(vectors(GATED, BASE, BATCH, config))
+    residual, expected = np.asarray(BASE.embed(BATCH.tokens)), []
+    for block in range(BASE.config.layers):
+        residual = np.asarray(run_block(BASE, residual, block))
+        if block in config.layers:
+            expected.append(np.asarray(GATED.selection(residual, vector, block)) * BATCH.steer_mask)
+            residual = residual + BATCH.factor[:, None, None] * vector[:, None] * expected[-1][..., None]
+    _, gates = with_gates(GATED, BASE, BATCH, config)
+    np.testing.assert_allclose(np.stack(gates), np.stack(expected), atol=1e-4)
+    assert np.abs(expected[0] - expected[1])[BATCH.steer_mask].max() > 0.1
+    rows = np.stack([np.asarray(unembed(BASE, residual))[row, BATCH.response_index[row]] for row in range(3)])
+    found = np.asarray(logits(GATED, BASE, BATCH, config=config))
+    np.testing.assert_allclose(found[BATCH.response_mask], rows[BATCH.response_mask], atol=1e-4)
+
+
+def test_gates_keep_what_steering_promises() -> None:
+    """Factor 0 is the base LM to the bit, neighbours and padding are not seen, and an open gate is no gate."""
+    base = np.asarray(base_logits(BASE, EVERYWHERE))
+    silent = np.asarray(logits(GATED, BASE, EVERYWHERE._replace(factor=0 * BATCH.factor), config=ONE))
+    np.testing.assert_array_equal(silent, base)
+    before = np.asarray(logits(GATED, BASE, EVERYWHERE, config=ONE))
+    first = np.arange(3)[:, None] == 0
+    other = EVERYWHERE._replace(tokens=np.where(first & BATCH.mask, BATCH.tokens, 96 - BATCH.tokens))
+    np.testing.assert_array_equal(np.asarray(logits(GATED, BASE, other, config=ONE))[0], before[0])
+    opened = jax.tree.map(jnp.copy, GATED)
+    opened.selection.bias[...] = opened.selection.bias[...] + 100.0
+    plain = jax.tree.map(jnp.copy, GATED)
+    plain.selection = None
+    ungated = np.asarray(logits(plain, BASE, EVERYWHERE, config=ONE))
+    np.testing.assert_allclose(logits(opened, BASE, EVERYWHERE, config=ONE), ungated, atol=1e-5)
+    assert np.abs(before - ungated)[BATCH.steer_mask].max() > 0.1
+
+
+def run_config(net: HypernetConfig, remat: bool = False, selection: SelectionConfig = NO_SELECTION) -> RunConfig:
+    config = RunConfig(hypernet=net, steering=ONE, selection=selection)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
 
 
@@ -269,6 +310,17 @@ def test_train_state_holds_nothing_of_the_base_lm() -> None:
     assert sorted(arrays, key=str) == sorted(3 * ours, key=str)  # weights and two moments, no other array
     frozen = {leaf.shape for leaf in (*jax.tree.leaves(BASE.blocks), BASE.embedding[...])}
     assert not frozen & {shape for shape, _ in shapes}
+
+
+def test_a_selection_head_is_trained_with_the_hypernetwork() -> None:
+    selection = dataclasses.replace(HEAD, noise=False, learnable_temperature=True)
+    hypernet = random_hypernet(NET.config, BASE.config, seed=3, selection=selection)
+    config = run_config(NET.config, selection=selection)
+    gradient = jax.jit(jax.grad(objective, has_aux=True), static_argnames="config")(hypernet, BASE, BATCH, config)[0]
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    still = {jax.tree_util.keystr(path) for path, leaf in leaves if not np.asarray(leaf).any()}
+    assert [name for name in still if "final_norm" not in name] == []
+    assert sum("selection" in jax.tree_util.keystr(path) for path, _ in leaves) == 5
 
 
 def test_remat_changes_neither_the_loss_nor_its_gradient() -> None:

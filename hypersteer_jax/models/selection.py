@@ -83,12 +83,16 @@ def mean_gate(
 ) -> Float[Array, ""]:
     """Sum of the gates at steered positions over the row's real tokens, the mean over rows and steered blocks.
 
+    A gate of exactly 0 has no gradient, as |0| has none in PyTorch: what straight-through has switched off is not
+    pushed further down (release).
+
     Args:
         gates: of each steered block.
         where: steered positions.
         lengths: real tokens of each row, steered or not (release).
     """
-    return jnp.mean(jnp.stack([jnp.sum(jnp.abs(gate) * where, axis=1) / jnp.maximum(lengths, 1) for gate in gates]))
+    sums = jnp.stack([jnp.sum(jax.nn.relu(gate) * where, axis=1) for gate in gates])
+    return jnp.mean(sums / jnp.maximum(lengths, 1))
 
 
 def selected_share(gates: Sequence[Float[Array, "B T"]], where: Bool[Array, "B T"]) -> Float[Array, ""]:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SteeringConfig, TrainConfig
+from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SelectionConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import BatchSource, collate, evaluation_batches, iterator, make_buckets
 from hypersteer_jax.data.sources import TrainData
@@ -26,6 +27,7 @@ from hypersteer_jax.training.train import (
     init_state,
     learning_rate,
     make_optimizer,
+    next_temperature,
     train,
     train_step,
 )
@@ -147,7 +149,73 @@ def test_factor_is_sampled_by_step(start: TrainState) -> None:
     assert unsteered[0] == unsteered[1]  # the sample multiplies each row's own factor
 
 
-def test_eight_devices_do_what_one_does(start: TrainState) -> None:
+HEAD = SelectionConfig(on=True, temperature_start=0.8, temperature_end=0.2, sparsity=0.5)
+GATED = dataclasses.replace(ONE_BATCH, selection=HEAD)
+gated_step = jax.jit(train_step, static_argnames="config")
+
+
+@pytest.fixture(scope="module")
+def gated() -> TrainState:
+    return jax.jit(partial(init_state, GATED))(LM)
+
+
+def test_selection_head_changes_nothing_else_of_the_start(start: TrainState, gated: TrainState) -> None:
+    one, two = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.hypernet)}
+        for state in (start, gated)
+    )
+    assert len(two) == len(one) + 5
+    assert_same(one, {name: leaf for name, leaf in two.items() if "selection" not in name})
+
+
+def test_penalty_and_selected_share_are_logged(gated: TrainState) -> None:
+    _, metrics = gated_step(gated, LM, BATCH, config=GATED)
+    assert 0 < float(metrics["selected"]) < 1
+    steered = BATCH.steer_mask.sum(1) / BATCH.mask.sum(1)
+    assert 0.1 < float(metrics["penalty"]) / (HEAD.sparsity * steered.mean()) < 0.9  # its gates start around a half
+
+
+def test_noise_depends_on_seed_and_step_only(gated: TrainState) -> None:
+    def loss(state: TrainState, config: RunConfig) -> float:
+        return float(gated_step(state, LM, BATCH, config=config)[1]["loss"])
+
+    fixed = having(GATED, factor_range=None)
+    later, reseeded = gated._replace(step=gated.step + 1), having(fixed, seed=1)
+    found = [loss(gated, fixed), loss(later, fixed), loss(gated, reseeded)]
+    assert found[0] == loss(gated, fixed)
+    assert min(abs(a - b) for a, b in itertools.combinations(found, 2)) > 1e-5
+
+
+def test_temperature_falls_to_its_end_with_the_last_step(gated: TrainState) -> None:
+    state, found = gated, []
+    for _ in range(3):
+        found.append(float(state.hypernet.selection.temperature[...]))
+        state, _ = gated_step(state, LM, BATCH, config=GATED)
+    assert found == pytest.approx([0.8, 0.7994, 0.7988], abs=1e-6)  # of a thousand steps
+    assert float(next_temperature(jnp.asarray(0.3), jnp.asarray(0.0), jnp.asarray(999), GATED)) == pytest.approx(0.2)
+
+
+def test_learned_temperature_has_its_own_rate() -> None:
+    """Adam's first step is the learning rate, whatever the gradient; the second is scheduled as all others are."""
+    selection = dataclasses.replace(HEAD, learnable_temperature=True, temperature_learning_rate=0.03)
+    config = dataclasses.replace(having(GATED, steps=2, clip=1e3), selection=selection)
+    state = jax.jit(partial(init_state, config))(LM)
+    moves = []
+    for _ in range(2):
+        before = state.hypernet.selection
+        state, _ = gated_step(state, LM, BATCH, config=config)
+        after = state.hypernet.selection
+        moves.append(
+            [abs(float(after.temperature[...] - before.temperature[...])), np.abs(after.bias - before.bias)[0]]
+        )
+    assert moves[0] == pytest.approx([0.03, 1e-2], rel=1e-3)
+    assert moves[1][0] < 0.6 * 0.03
+
+
+@pytest.mark.parametrize("selection", [SelectionConfig(), HEAD], ids=["plain", "selection"])
+def test_eight_devices_do_what_one_does(selection: SelectionConfig) -> None:
+    config = dataclasses.replace(ONE_BATCH, selection=selection)
+    start, step_fn = jax.jit(partial(init_state, config))(LM), jax.jit(partial(train_step, config=config))
     alone, told = step_fn(start, LM, BATCH)
     mesh = make_mesh(data=2, fsdp=4)
     with jax.set_mesh(mesh):
@@ -163,7 +231,8 @@ def test_eight_devices_do_what_one_does(start: TrainState) -> None:
         np.testing.assert_allclose(one, two, atol=1e-5 * largest, rtol=1e-5)  # a tenth of the clipped gradient
     for tree in (together.hypernet, ours.mu, ours.nu):
         for leaf in jax.tree.leaves(tree):
-            assert leaf.sharding.spec == weight_spec(leaf.shape, mesh), leaf.shape
+            wanted = NamedSharding(mesh, weight_spec(leaf.shape, mesh))
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), leaf.shape
     per_device = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(ours))
     assert per_device < 0.27 * sum(leaf.size for leaf in jax.tree.leaves(ours))  # a quarter, and what cannot be split
 
