@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
-from hypersteer_jax.config import HypernetConfig, LMConfig, RunConfig, SteeringConfig, TrainConfig
+from hypersteer_jax.config import HypernetConfig, LMConfig, RunConfig, SelectionConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket
 from hypersteer_jax.models.hypernet import Hypernet
@@ -185,6 +185,11 @@ def test_options(settings: dict[str, Any], context: str, layers: tuple[int, ...]
     config = run(3, layers, **settings)
     config = dataclasses.replace(config, steering=SteeringConfig(layers, context))
     config = with_remat(config) if again else config
+    assert counted(CONFIGS["gemma2"], config, TINY) == step_flops(CONFIGS["gemma2"], config, TINY).total
+
+
+def test_a_selection_head_has_no_matrix_products() -> None:
+    config = dataclasses.replace(run(2, (1, 2)), selection=SelectionConfig(on=True))
     assert counted(CONFIGS["gemma2"], config, TINY) == step_flops(CONFIGS["gemma2"], config, TINY).total
 
 
