@@ -75,7 +75,7 @@ class Selection(nnx.Module):
 
 def annealed_temperature(config: SelectionConfig, done: Float[Array, ""]) -> Float[Array, ""]:
     """Temperature when a share `done` of the run's steps is done: the start's at 0, the end's at 1."""
-    return config.temperature_start + (config.temperature_end - config.temperature_start) * done
+    return (1 - done) * config.temperature_start + done * config.temperature_end
 
 
 def mean_gate(
