@@ -5,9 +5,12 @@ over `data` and `fsdp`; weights are stored split over `fsdp` and gathered just b
 time inside the scan over blocks.
 """
 
+import math
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,3 +71,14 @@ def gather(weights: T) -> T:
 def batch_spec() -> P | None:
     """Output spec for gathers whose result has a leading batch axis; None without a mesh."""
     return BATCH if mesh_is_set() else None
+
+
+def batch_ways() -> int:
+    """Among how many devices a batch is split; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in BATCH[0]) if mesh_is_set() else 1
+
+
+def regroup(x: Array, *shape: int) -> Array:
+    """`x` in another shape that has a leading batch axis, too: rows of a sequence apart, or together."""
+    return jnp.reshape(x, shape, out_sharding=batch_spec())

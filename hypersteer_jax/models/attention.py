@@ -58,15 +58,15 @@ def rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: 
 def causal_mask(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
-    key_valid: Bool[Array, "B S"],
+    allowed: Bool[Array, "B #T S"],
     window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Which keys each query sees: real tokens, not later than itself, and within `window` tokens if one is given.
+    """Which keys each query sees: allowed ones, not later than itself, and within `window` tokens if one is given.
 
     Comparing true positions, not indices, makes the mask the same for left padding, right padding and a KV cache.
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
-    seen = (distance >= 0) & key_valid[:, None, :]
+    seen = (distance >= 0) & allowed
     return seen if window is None else seen & (distance < window)
 
 

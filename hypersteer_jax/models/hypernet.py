@@ -103,7 +103,7 @@ class Hypernet(nnx.Module):
         x = embed(table.astype(dtype), tokens, self.lm_config)
         true, padded = ranks(mask), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         positions = true if self.config.positions == "true" else padded
-        causal = causal_mask(positions, positions, mask, self.lm_config.sliding_window)
+        causal = causal_mask(positions, positions, mask[:, None, :], self.lm_config.sliding_window)
         if self.memory_norm is not None:
             context = self._norm(context, self.memory_norm)
         seen = jnp.broadcast_to(context_mask[:, None, :], (*tokens.shape, context.shape[1]))

@@ -23,6 +23,8 @@ from hypersteer_jax.config import LMConfig
 from hypersteer_jax.models.attention import attend, causal_mask, rms_norm, rope, rope_frequencies
 from hypersteer_jax.sharding import batch_spec, gather
 
+Segments = Int[Array, "B T"] | Bool[Array, "B T"]  # 0 (False) at padding; a mask is one segment per row
+
 INIT_STD = 0.02  # of every random weight matrix; Gemma's and the release's `initializer_range`
 
 
@@ -150,7 +152,7 @@ class LM(nnx.Module):
         self,
         residual: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T"],
+        segments: Segments,
         start: int,
         stop: int,
         remat: bool = False,
@@ -159,13 +161,14 @@ class LM(nnx.Module):
 
         Args:
             residual: the residual entering block `start`.
-            positions: rank of each token in its row, padding not counted (see `ranks`).
-            mask: True at real tokens.
+            positions: rank of each token in its segment (see `ranks`).
+            segments: not 0 at real tokens; a token sees its own segment only, so several texts can share a sequence.
             start: first block run.
             stop: one past the last block run.
             remat: recompute each block in the backward pass instead of keeping its activations.
         """
-        masks = self._masks(positions, positions, mask)
+        own = segments[:, :, None] == segments[:, None, :]
+        masks = self._masks(positions, positions, own & (segments != 0)[:, None, :])
 
         def body(x: Array, index: Array) -> tuple[Array, None]:
             block = self._block(index)
@@ -180,7 +183,7 @@ class LM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """As `run`, for tokens whose slots `reserve` has just opened: they see the cache, and are written into it."""
         slot = cache.length - residual.shape[1]
-        masks = self._masks(positions, cache.positions, cache.valid)
+        masks = self._masks(positions, cache.positions, cache.valid[:, None, :])
 
         def body(carry: tuple[Array, Array, Array], index: Array) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
@@ -212,13 +215,13 @@ class LM(nnx.Module):
         """Whole weights of one block, taken from the stack."""
         return gather(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), self.blocks))
 
-    def _masks(self, query_positions: Array, key_positions: Array, valid: Array) -> tuple[Array, Array]:
+    def _masks(self, query_positions: Array, key_positions: Array, allowed: Array) -> tuple[Array, Array]:
         """Masks of even and odd blocks; they differ only where a sliding window can bind."""
-        full = causal_mask(query_positions, key_positions, valid)
+        full = causal_mask(query_positions, key_positions, allowed)
         window = self.config.sliding_window
         if window is None or key_positions.shape[1] <= window:
             return full, full
-        return causal_mask(query_positions, key_positions, valid, window), full
+        return causal_mask(query_positions, key_positions, allowed, window), full
 
     @staticmethod
     def _mask_of(masks: tuple[Array, Array], index: Array) -> Array:
@@ -232,9 +235,14 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], config: LMConfi
     return x * jnp.asarray(config.width**0.5, x.dtype) if config.scale_embedding else x
 
 
-def ranks(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """True positions: how many real tokens stand before each. Padding gets a neighbour's rank; nothing reads it."""
-    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+def ranks(segments: Segments) -> Int[Array, "B T"]:
+    """True positions: how many tokens of its segment stand before each. Padding is counted likewise; nothing reads it.
+
+    Every segment is contiguous.
+    """
+    column = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return column - jax.lax.cummax(jnp.where(first, column, 0), axis=1)
 
 
 def empty_cache(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:

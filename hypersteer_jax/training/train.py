@@ -23,7 +23,7 @@ from hypersteer_jax.models.lm import LM
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights
 from hypersteer_jax.steering import steered_residual
 from hypersteer_jax.training import checkpoint
-from hypersteer_jax.training.loss import response_loss, response_nll
+from hypersteer_jax.training.loss import response_loss
 from hypersteer_jax.training.metrics import MetricsLog
 
 Metrics = dict[str, Any]
@@ -65,21 +65,30 @@ def new_state(hypernet: Hypernet, config: TrainConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), hypernet, make_optimizer(config).init(hypernet))
 
 
-def batch_loss(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[Array, Array]:
-    """Loss of the steered base LM on the responses in nats, and how many tokens it is over."""
-    residual = steered_residual(hypernet, lm, batch, config.steering, config.train.remat)
-    nll = response_nll(lm, residual, batch.response_tokens)
-    return response_loss(nll, batch.response_mask, config.train.loss)
+def batch_loss(
+    hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig, residual: Array | None = None
+) -> tuple[Array, Array]:
+    """Loss of the steered base LM on the responses in nats, and how many tokens it is over.
+
+    `residual` is `read_context`'s for this batch, if it is known already.
+    """
+    last = steered_residual(hypernet, lm, batch, config.steering, config.train.remat, residual)
+    return response_loss(lm, last, batch.response_tokens, batch.response_share, config.train.loss)
 
 
-def train_step(state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[TrainState, Metrics]:
-    """One update. Pure: the random factor, if any, depends on seed and step only."""
+def train_step(
+    state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig, residual: Array | None = None
+) -> tuple[TrainState, Metrics]:
+    """One update. Pure: the random factor, if any, depends on seed and step only.
+
+    `residual` is `read_context`'s for this batch, if it is known already.
+    """
     if config.train.factor_range is not None:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         low, high = config.train.factor_range
         sampled = jax.random.uniform(key, batch.factor.shape, minval=low, maxval=high)
         batch = batch._replace(factor=batch.factor * sampled)
-    (loss, tokens), grads = jax.value_and_grad(batch_loss, has_aux=True)(state.hypernet, lm, batch, config)
+    (loss, tokens), grads = jax.value_and_grad(batch_loss, has_aux=True)(state.hypernet, lm, batch, config, residual)
     updates, opt_state = make_optimizer(config.train).update(grads, state.opt_state, state.hypernet)
     hypernet = optax.apply_updates(state.hypernet, updates)
     metrics = {
