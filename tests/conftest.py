@@ -80,4 +80,5 @@ def random_rows(prompts, lengths, concepts, factors=None, seed: int = 0, vocab: 
         prefix=2,
         pad_id=0,
         positions="after_prefix",
+        context=True,
     )

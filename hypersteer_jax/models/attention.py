@@ -74,7 +74,7 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "B #T S"],
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:

@@ -42,7 +42,7 @@ class HyperBlock(Block):
         self.post_cross = constant(one, config.width) if cross and config.sandwich_norms else None
 
     def __call__(self, x: Array, positions: Array, mask: Array, context: Array, seen: Array) -> Array:
-        """Residual `[B, P, D]` after the block; `mask [B, P, P]`, `context [B, C, D]`, `seen [B, P, C]`."""
+        """Residual `[B, P, D]` after the block; `mask [B, P, P]`, `context [B, C, D]`, `seen [B, 1, C]`."""
         x = self.self_attention(x, *self.heads(x, positions), mask)
         if self.cross is not None:
             q = self.cross.queries(self.norm(x, self.pre_cross))
@@ -106,7 +106,7 @@ class Hypernet(nnx.Module):
         causal = causal_mask(positions, positions, mask[:, None, :], self.lm_config.sliding_window)
         if self.memory_norm is not None:
             context = self._norm(context, self.memory_norm)
-        seen = jnp.broadcast_to(context_mask[:, None, :], (*tokens.shape, context.shape[1]))
+        seen = context_mask[:, None, :]
 
         def body(x: Array, block: HyperBlock) -> tuple[Array, None]:
             return gather(cast(block, dtype))(x, positions, causal, context, seen), None

@@ -78,7 +78,7 @@ class Attention(nnx.Module):
             y = y + bias[...]
         return y if norm is None else rms_norm(y, norm[...], self.config.norm_eps, self.config.norm_offset)
 
-    def attend(self, q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Float[Array, "B T D"]:
+    def attend(self, q: Array, k: Array, v: Array, mask: Bool[Array, "B #T S"]) -> Float[Array, "B T D"]:
         """Attention over given heads, projected back to the residual width."""
         heads = attend(q, k, v, mask, self.config.query_scale, self.config.attention_softcap)
         return jnp.einsum("btnh,nhd->btd", heads, self.o[...])

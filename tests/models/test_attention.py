@@ -88,15 +88,19 @@ def test_llama31_slows_only_the_slow_frequencies() -> None:
 def test_causal_mask_by_definition(window: int | None) -> None:
     real = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
     positions = np.asarray(ranks(jnp.asarray(real)))
-    mask = np.asarray(causal_mask(jnp.asarray(positions), jnp.asarray(positions), jnp.asarray(real), window))
+    mask = np.asarray(causal_mask(jnp.asarray(positions), jnp.asarray(positions), jnp.asarray(real)[:, None], window))
     for b, t, s in np.ndindex(*mask.shape):
         if real[b, t]:  # nothing reads what padding sees
             assert mask[b, t, s] == (real[b, s] and s <= t and (window is None or t - s < window))
 
 
-def test_padding_gets_ranks_in_range_and_real_tokens_count_from_zero() -> None:
-    mask = jnp.array([[0, 0, 1, 1], [1, 1, 0, 1]], bool)
-    np.testing.assert_array_equal(ranks(mask), [[0, 0, 0, 1], [0, 1, 1, 2]])
+def test_ranks_count_from_the_first_token_of_each_segment() -> None:
+    mask = jnp.array([[0, 0, 1, 1], [1, 1, 1, 0]], bool)
+    np.testing.assert_array_equal(np.where(mask, ranks(mask), -1), [[-1, -1, 0, 1], [0, 1, 2, -1]])
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 2]], np.int32)
+    np.testing.assert_array_equal(
+        np.where(segments, ranks(jnp.asarray(segments)), -1), [[0, 1, 2, 0, 1, -1, -1], [0, 0, 1, 2, 3, 4, 5]]
+    )
 
 
 def reference_attention(q, k, v, mask, scale, softcap) -> np.ndarray:
