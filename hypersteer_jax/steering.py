@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hypersteer_jax.config import SteeringConfig
+from hypersteer_jax.config import AttentionName, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, ranks
@@ -59,13 +59,24 @@ def upper_pass(
     return run(residual, at, layers)
 
 
-def read_context(lm: LM, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], config: SteeringConfig) -> Array:
+def read_context(
+    lm: LM,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    config: SteeringConfig,
+    attention: AttentionName = "einsum",
+) -> Array:
     """Residual `[B, T, D]` that the hypernetwork reads and that `upper_pass` continues from."""
-    return lm.run(lm.embed(tokens), ranks(mask), mask, 0, lower_blocks(config))
+    return lm.run(lm.embed(tokens), ranks(mask), mask, 0, lower_blocks(config), attention=attention)
 
 
 def steered_residual(
-    hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig, remat: bool = False
+    hypernet: Hypernet,
+    lm: LM,
+    batch: SteeringBatch,
+    config: SteeringConfig,
+    remat: bool = False,
+    attention: AttentionName = "einsum",
 ) -> Float[Array, "B R D"]:
     """Last residual at the positions that predict the response tokens, under steering.
 
@@ -75,16 +86,17 @@ def steered_residual(
         batch: see `SteeringBatch`; the vector is scaled by its `factor`.
         config: where to read and write.
         remat: recompute block activations in the backward pass.
+        attention: how both networks compute their self-attention (see `models/attention.py`).
     """
-    residual = read_context(lm, batch.tokens, batch.mask, config)
+    residual = read_context(lm, batch.tokens, batch.mask, config, attention)
     context = residual[:, : batch.context_mask.shape[1]]  # rows start with their prompt
     vector = hypernet(
-        batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...], remat=remat
+        batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...], remat, attention
     )
     positions = ranks(batch.mask)
 
     def run(x: Array, start: int, stop: int) -> Array:
-        return lm.run(x, positions, batch.mask, start, stop, remat)
+        return lm.run(x, positions, batch.mask, start, stop, remat, attention)
 
     residual = upper_pass(run, residual, lm.config.layers, vector, batch.factor, batch.steer_mask, config)
     return jnp.take_along_axis(residual, batch.response_index[..., None], axis=1)

@@ -67,7 +67,7 @@ def new_state(hypernet: Hypernet, config: TrainConfig) -> TrainState:
 
 def batch_loss(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[Array, Array]:
     """Loss of the steered base LM on the responses in nats, and how many tokens it is over."""
-    residual = steered_residual(hypernet, lm, batch, config.steering, config.train.remat)
+    residual = steered_residual(hypernet, lm, batch, config.steering, config.train.remat, config.train.attention)
     nll = response_nll(lm, residual, batch.response_tokens)
     return response_loss(nll, batch.response_mask, config.train.loss)
 
