@@ -106,6 +106,9 @@ class DataConfig:
     skip_bad_rows: bool = False  # drop malformed rows, counted and listed, instead of stopping
 
 
+AttentionName = Literal["einsum", "splash"]  # see `models/attention.py`
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Optimisation. Defaults: AxBench release at dc57b9b, with float32 state (facts, table 7)."""
@@ -125,6 +128,7 @@ class TrainConfig:
     eval_batches: int = 4
     save_every: int = 200  # steps; 0 saves at the end only
     remat: bool = False  # recompute block activations in the backward pass
+    attention: AttentionName = "einsum"  # "splash": the TPU kernel, if a profile says that it is faster
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ time inside the scan over blocks.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # the leading axis of every array of a SteeringBatch
@@ -82,3 +84,13 @@ def batch_ways() -> int:
 def regroup(x: Array, *shape: int) -> Array:
     """`x` in another shape that has a leading batch axis, too: rows of a sequence apart, or together."""
     return jnp.reshape(x, shape, out_sharding=batch_spec())
+
+
+def on_own_rows(function: F) -> F:
+    """`function` of arrays with a leading batch axis, run by each device on its own rows.
+
+    For kernels: the compiler cannot split them over a mesh, and they do not say along which axes their results vary.
+    """
+    if not mesh_is_set():
+        return function
+    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)

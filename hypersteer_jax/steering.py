@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hypersteer_jax.config import SteeringConfig
+from hypersteer_jax.config import AttentionName, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.models.attention import Segments
 from hypersteer_jax.models.hypernet import Hypernet
-from hypersteer_jax.models.lm import LM, Segments, ranks
+from hypersteer_jax.models.lm import LM, ranks
 from hypersteer_jax.sharding import batch_spec, regroup
 
 Run = Callable[[Array, int, int], Array]  # (residual, start, stop) -> residual
@@ -54,26 +55,35 @@ def upper_pass(run: Run, add: Add, residual: Array, layers: int, config: Steerin
     return run(residual, at, layers)
 
 
-def read_context(lm: LM, tokens: Int[Array, "B T"], segments: Segments, config: SteeringConfig) -> Array:
+def read_context(
+    lm: LM,
+    tokens: Int[Array, "B T"],
+    segments: Segments,
+    config: SteeringConfig,
+    attention: AttentionName = "einsum",
+) -> Array:
     """Residual `[B, T, D]` that the hypernetwork reads and that `upper_pass` continues from."""
-    return lm.run(lm.embed(tokens), ranks(segments), segments, 0, lower_blocks(config))
+    return lm.run(lm.embed(tokens), ranks(segments), segments, 0, lower_blocks(config), attention=attention)
 
 
 def write_vectors(
-    hypernet: Hypernet, lm: LM, batch: SteeringBatch, residual: Float[Array, "S T D"], remat: bool = False
+    hypernet: Hypernet,
+    lm: LM,
+    batch: SteeringBatch,
+    residual: Float[Array, "S T D"],
+    remat: bool = False,
+    attention: AttentionName = "einsum",
 ) -> Float[Array, "B D"]:
     """The steering vector of each row, from `read_context`'s residual."""
     context = _at(residual, regroup(batch.context_index, len(residual), -1))
     context = regroup(context, *batch.context_index.shape, -1)
     vector = hypernet(
-        batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...], remat=remat
+        batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...], remat, attention
     )
+    if hypernet.config.variant == "cross_attention":
+        return vector
     # Without a context the vector is the steering prompt's alone, so each prompt was read once, whoever shares it.
-    return (
-        vector
-        if hypernet.config.variant == "cross_attention"
-        else vector.at[batch.concept_row].get(out_sharding=batch_spec())
-    )
+    return vector.at[batch.concept_row].get(out_sharding=batch_spec())
 
 
 def steered_residual(
@@ -83,6 +93,7 @@ def steered_residual(
     config: SteeringConfig,
     remat: bool = False,
     residual: Float[Array, "S T D"] | None = None,
+    attention: AttentionName = "einsum",
 ) -> Float[Array, "S R D"]:
     """Last residual at the positions that predict the response tokens, under steering.
 
@@ -93,15 +104,17 @@ def steered_residual(
         config: where to read and write.
         remat: recompute block activations in the backward pass.
         residual: what `read_context` gives for this batch, if it is known already.
+        attention: how both networks compute their self-attention (see `models/attention.py`).
     """
     if residual is None:
-        residual = read_context(lm, batch.tokens, batch.segments, config)
+        residual = read_context(lm, batch.tokens, batch.segments, config, attention)
     sequences = len(residual)
-    vector = regroup(write_vectors(hypernet, lm, batch, residual, remat), sequences, -1, residual.shape[-1])
+    vector = write_vectors(hypernet, lm, batch, residual, remat, attention)
+    vector = regroup(vector, sequences, -1, residual.shape[-1])
     factor, positions = regroup(batch.factor, sequences, -1), ranks(batch.segments)
 
     def run(x: Array, start: int, stop: int) -> Array:
-        return lm.run(x, positions, batch.segments, start, stop, remat)
+        return lm.run(x, positions, batch.segments, start, stop, remat, attention)
 
     def add(x: Array) -> Array:
         for row in range(factor.shape[1]):

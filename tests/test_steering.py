@@ -12,6 +12,7 @@ from jax import Array
 from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket, collate
+from hypersteer_jax.models import attention
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, cast, ranks
 from hypersteer_jax.steering import lower_blocks, read_context, steer, steered_logits, write_vectors
@@ -278,6 +279,18 @@ def test_remat_changes_neither_the_loss_nor_its_gradient() -> None:
         np.testing.assert_allclose(one, two, atol=1e-6 * max(1.0, float(jnp.abs(one).max())), rtol=1e-4)
     counts = [str(jax.make_jaxpr(partial(batch_loss, config=c))(NET, BASE, BATCH)).count("remat") for c in configs]
     assert counts[1] - counts[0] >= 3  # the hypernetwork's blocks, the steered block, the blocks above
+
+
+@pytest.mark.usefixtures("splash_on_cpu")
+def test_splash_kernel_in_both_networks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(NET.config)
+    einsum = loss_and_gradient(NET, BASE, BATCH, config=config)
+    monkeypatch.setattr(attention, "causal_mask", None)  # no self-attention may want it now
+    settings = dataclasses.replace(config.train, attention="splash")
+    splash = loss_and_gradient(NET, BASE, BATCH, config=dataclasses.replace(config, train=settings))
+    np.testing.assert_allclose(splash[0][0], einsum[0][0], rtol=1e-6)
+    for one, two in zip(jax.tree.leaves(splash[1]), jax.tree.leaves(einsum[1]), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5 * max(1.0, float(jnp.abs(two).max())))
 
 
 def test_loss_and_gradient_are_float32_over_a_bfloat16_lm() -> None:

@@ -72,8 +72,9 @@ def batch_loss(
 
     `residual` is `read_context`'s for this batch, if it is known already.
     """
-    last = steered_residual(hypernet, lm, batch, config.steering, config.train.remat, residual)
-    return response_loss(lm, last, batch.response_tokens, batch.response_share, config.train.loss)
+    settings = config.train
+    last = steered_residual(hypernet, lm, batch, config.steering, settings.remat, residual, settings.attention)
+    return response_loss(lm, last, batch.response_tokens, batch.response_share, settings.loss)
 
 
 def train_step(
