@@ -116,9 +116,13 @@ class DataConfig:
     max_prompt: int = 512  # tokens, chat template included
     max_response: int = 128  # tokens; longer responses are cut, as AxBench cuts generation
     max_concept: int = 64  # tokens of the steering prompt
-    buckets: int = 4  # compiled shapes at most
+    pack: bool = True  # two rows in one sequence, a long one with a short one; needs an even train.batch
+    buckets: int = 6  # compiled shapes at most
     append_end: bool = False  # score the end-of-turn token after the response (the release does not)
     skip_bad_rows: bool = False  # drop malformed rows, counted and listed, instead of stopping
+
+
+AttentionName = Literal["einsum", "splash"]  # see `models/attention.py`
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class TrainConfig:
     eval_batches: int = 4
     save_every: int = 200  # steps; 0 saves at the end only
     remat: bool = False  # recompute block activations in the backward pass
+    attention: AttentionName = "einsum"  # "splash": the TPU kernel, if a profile says that it is faster
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from hypersteer_jax.data.prompts import Prompter
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, KVCache, empty_cache, reserve
 from hypersteer_jax.models.selection import Selection
-from hypersteer_jax.steering import lower_blocks, read_context, upper_pass
+from hypersteer_jax.steering import lower_blocks, read_context, steer, upper_pass
 
 MULTIPLE = 8  # prompt lengths are rounded up to it, so that few shapes are compiled
 
@@ -210,5 +210,10 @@ def _forward(
         return x
 
     residual = run(lm.embed(tokens), 0, lower_blocks(config))
-    residual, _ = upper_pass(run, residual, lm.config.layers, vector, factor, where, config, selection)
+
+    def add(x: Array, layer: int) -> tuple[Array, Array]:
+        gate = where if selection is None else where * selection(x, vector, layer)
+        return steer(x, vector, factor, gate), gate
+
+    residual, _ = upper_pass(run, add, residual, lm.config.layers, config)
     return lm.unembed(residual[:, -1]), cache

@@ -8,23 +8,25 @@ One pass through the lower blocks serves both the context and the residual that 
 vector. Freezing the base LM is its being another argument: `jax.grad` differentiates the hypernetwork, and no gradient
 or optimizer state of the LM can exist.
 
-Letters: B batch, T length, C context length, R scored tokens, D width, V vocabulary.
+Letters: B rows, S sequences of one or two rows, T their length, C context length, R scored tokens of a sequence, D
+width, V vocabulary.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hypersteer_jax.config import SteeringConfig
+from hypersteer_jax.config import AttentionName, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.models.attention import Segments
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, ranks
+from hypersteer_jax.sharding import batch_spec, regroup
 
 Run = Callable[[Array, int, int], Array]  # (residual, start, stop) -> residual
-Select = Callable[[Array, Array, int], Array]  # (residual, vector, layer) -> how much of it each token takes, [B, T]
+Add = Callable[[Array, int], tuple[Array, Array]]  # (residual, layer) -> steered residual, gate of each token
 
 
 def steer(
@@ -48,31 +50,46 @@ def lower_blocks(config: SteeringConfig) -> int:
 
 
 def upper_pass(
-    run: Run,
-    residual: Float[Array, "B T D"],
-    layers: int,
-    vector: Float[Array, "B D"],
-    factor: Float[Array, " B"],
-    where: Bool[Array, "B T"],
-    config: SteeringConfig,
-    select: Select | None,
+    run: Run, add: Add, residual: Array, layers: int, config: SteeringConfig
 ) -> tuple[Float[Array, "B T D"], list[Array]]:
-    """From the context's residual to the last block's, the vector added to the output of each steered block.
-
-    The gate of a block is `where`, or with a selection head what that says there; the gates are returned as well.
-    """
+    """From the context's residual to the last block's; `add` steers the output of each steered block, by its gates."""
     at, gates = lower_blocks(config), []
     for layer in config.layers:
-        residual = run(residual, at, layer + 1)
-        gates.append(where if select is None else where * select(residual, vector, layer))
-        residual = steer(residual, vector, factor, gates[-1])
+        residual, gate = add(run(residual, at, layer + 1), layer)
+        gates.append(gate)
         at = layer + 1
     return run(residual, at, layers), gates
 
 
-def read_context(lm: LM, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], config: SteeringConfig) -> Array:
+def read_context(
+    lm: LM,
+    tokens: Int[Array, "B T"],
+    segments: Segments,
+    config: SteeringConfig,
+    attention: AttentionName = "einsum",
+) -> Array:
     """Residual `[B, T, D]` that the hypernetwork reads and that `upper_pass` continues from."""
-    return lm.run(lm.embed(tokens), ranks(mask), mask, 0, lower_blocks(config))
+    return lm.run(lm.embed(tokens), ranks(segments), segments, 0, lower_blocks(config), attention=attention)
+
+
+def write_vectors(
+    hypernet: Hypernet,
+    lm: LM,
+    batch: SteeringBatch,
+    residual: Float[Array, "S T D"],
+    remat: bool = False,
+    attention: AttentionName = "einsum",
+) -> Float[Array, "B D"]:
+    """The steering vector of each row, from `read_context`'s residual."""
+    context = _at(residual, regroup(batch.context_index, len(residual), -1))
+    context = regroup(context, *batch.context_index.shape, -1)
+    vector = hypernet(
+        batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...], remat, attention
+    )
+    if hypernet.config.variant == "cross_attention":
+        return vector
+    # Without a context the vector is the steering prompt's alone, so each prompt was read once, whoever shares it.
+    return vector.at[batch.concept_row].get(out_sharding=batch_spec())
 
 
 def steered_residual(
@@ -81,9 +98,11 @@ def steered_residual(
     batch: SteeringBatch,
     config: SteeringConfig,
     remat: bool = False,
+    residual: Float[Array, "S T D"] | None = None,
+    attention: AttentionName = "einsum",
     key: Array | None = None,
-) -> tuple[Float[Array, "B R D"], list[Array]]:
-    """Last residual at the positions that predict the response tokens, under steering, and the gates `[B, T]`.
+) -> tuple[Float[Array, "S R D"], list[Array]]:
+    """Last residual at the positions that predict the response tokens, under steering; gates `[S, T]` of each layer.
 
     Args:
         hypernet: the trained network; gradients are taken with respect to it.
@@ -91,25 +110,38 @@ def steered_residual(
         batch: see `SteeringBatch`; the vector is scaled by its `factor`.
         config: where to read and write.
         remat: recompute block activations in the backward pass.
+        residual: what `read_context` gives for this batch, if it is known already.
+        attention: how both networks compute their self-attention (see `models/attention.py`).
         key: in training, of a selection head's noise; without it such a head does as at inference.
     """
-    residual = read_context(lm, batch.tokens, batch.mask, config)
-    context = residual[:, : batch.context_mask.shape[1]]  # rows start with their prompt
-    vector = hypernet(
-        batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...], remat=remat
-    )
-    positions = ranks(batch.mask)
+    if residual is None:
+        residual = read_context(lm, batch.tokens, batch.segments, config, attention)
+    sequences = len(residual)
+    vector = write_vectors(hypernet, lm, batch, residual, remat, attention)
+    vector = regroup(vector, sequences, -1, residual.shape[-1])
+    factor, positions, head = regroup(batch.factor, sequences, -1), ranks(batch.segments), hypernet.selection
 
     def run(x: Array, start: int, stop: int) -> Array:
-        return lm.run(x, positions, batch.mask, start, stop, remat)
+        return lm.run(x, positions, batch.segments, start, stop, remat, attention)
 
-    select = None if hypernet.selection is None else partial(hypernet.selection, key=key)
-    layers = lm.config.layers
-    residual, gates = upper_pass(run, residual, layers, vector, batch.factor, batch.steer_mask, config, select)
-    return jnp.take_along_axis(residual, batch.response_index[..., None], axis=1), gates
+    def add(x: Array, layer: int) -> tuple[Array, Array]:
+        gates = jnp.zeros_like(batch.steer_mask)
+        for row in range(factor.shape[1]):
+            own = batch.steer_mask & (batch.segments == row + 1)
+            gate = own if head is None else own * head(x, vector[:, row], layer, key)
+            x = steer(x, vector[:, row], factor[:, row], gate)
+            gates = jnp.where(own, gate, gates)
+        return x, gates
+
+    residual, gates = upper_pass(run, add, residual, lm.config.layers, config)
+    return _at(residual, batch.response_index), gates
 
 
-def steered_logits(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Float[Array, "B R V"]:
-    """Logits that predict the response tokens, float32; training never holds them whole (`loss.response_nll`)."""
+def steered_logits(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Float[Array, "S R V"]:
+    """Logits that predict the response tokens, float32; training never holds them whole (`loss.response_loss`)."""
     residual, _ = steered_residual(hypernet, lm, batch, config)
     return lm.unembed(residual)
+
+
+def _at(residual: Float[Array, "S T D"], columns: Int[Array, "S N"]) -> Float[Array, "S N D"]:
+    return jnp.take_along_axis(residual, columns[..., None], axis=1)

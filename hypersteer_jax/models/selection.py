@@ -8,7 +8,7 @@ that it jumps to the end at once. Inference is without noise: the release draws 
 gate from the residual that it is added to, and all of them are penalised: the release penalises the first only. One
 head serves all steered blocks, as in the release.
 
-Letters: B batch, T length, D width.
+Letters: B batch, S sequences of one or two rows, T length, D width.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def annealed_temperature(config: SelectionConfig, done: Float[Array, ""]) -> Flo
 
 
 def mean_gate(
-    gates: Sequence[Float[Array, "B T"]], where: Bool[Array, "B T"], lengths: Int[Array, " B"]
+    gates: Sequence[Float[Array, "S T"]], where: Bool[Array, "S T"], segments: Int[Array, "S T"], rows: int
 ) -> Float[Array, ""]:
     """Sum of the gates at steered positions over the row's real tokens, the mean over rows and steered blocks.
 
@@ -89,13 +89,15 @@ def mean_gate(
     Args:
         gates: of each steered block.
         where: steered positions.
-        lengths: real tokens of each row, steered or not (release).
+        segments: the row of each token, from 1; 0 in padding. A row's real tokens count, steered or not (release).
+        rows: in each sequence.
     """
-    sums = jnp.stack([jnp.sum(jax.nn.relu(gate) * where, axis=1) for gate in gates])
-    return jnp.mean(sums / jnp.maximum(lengths, 1))
+    own = segments[:, :, None] == 1 + jnp.arange(rows)
+    sums = jnp.stack([jnp.sum((jax.nn.relu(gate) * where)[:, :, None] * own, axis=1) for gate in gates])
+    return jnp.mean(sums / jnp.maximum(jnp.sum(own, axis=1), 1))
 
 
-def selected_share(gates: Sequence[Float[Array, "B T"]], where: Bool[Array, "B T"]) -> Float[Array, ""]:
+def selected_share(gates: Sequence[Float[Array, "S T"]], where: Bool[Array, "S T"]) -> Float[Array, ""]:
     """Share of the steered positions whose gate is on, over all rows and steered blocks."""
     on = jnp.stack([jnp.sum((gate > THRESHOLD) & where) for gate in gates])
     return jnp.mean(on) / jnp.maximum(jnp.sum(where), 1)

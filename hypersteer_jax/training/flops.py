@@ -8,10 +8,11 @@ A product of [m, k] and [k, n] counts 2·m·n·k. Only such products are counted
 embedding look-ups, a selection head, the optimizer and everything else that is linear in the activations or the weights
 is left out (it is bound by memory, not by arithmetic). Lengths are the padded ones of the batch. The minimum takes
 every block at every position: that the last hypernetwork block is read at one position only, and the last LM block at
-the scored ones, is not taken off, nor is a sliding window that binds.
+the scored ones, is not taken off, nor is a sliding window that binds, nor what two rows of one sequence do not see of
+each other.
 
-Letters: B batch, T prompt and response, C context, P steering prompt, R scored tokens, D width, V vocabulary, L and N
-blocks, ℓ the first steered block.
+Letters: T sequence, C context, P steering prompt, R scored tokens of a sequence, D width, V vocabulary, L and N blocks,
+ℓ the first steered block.
 """
 
 from typing import NamedTuple
@@ -33,13 +34,12 @@ class StepFlops(NamedTuple):
     unembed: int  # logits of the scored positions, forward
     unembed_backward: int  # through activations
     masked: int  # overhead: the half of the self-attention squares that the causal mask throws away
-    logits_again: int  # overhead: logits made again in the backward pass, so that they are never held whole
     blocks_again: int  # overhead: activations made again in the backward pass (`train.remat`)
 
     @property
     def minimal(self) -> int:
         """What the method needs, without the overhead."""
-        return self.total - self.masked - self.logits_again - self.blocks_again
+        return self.total - self.masked - self.blocks_again
 
     @property
     def total(self) -> int:
@@ -60,37 +60,38 @@ class Products(NamedTuple):
         return self.weights + self.pairs
 
 
-def step_flops(lm: LMConfig, config: RunConfig, shape: Bucket) -> StepFlops:
+def step_flops(lm: LMConfig, config: RunConfig, shape: Bucket, prompts: int | None = None) -> StepFlops:
     """FLOPs of `train_step` for `config.train.batch` rows of one shape, over all devices.
 
     Args:
         lm: the base LM's shape.
         config: its `hypernet`, `steering`, `train.batch` and `train.remat` count.
-        shape: lengths T, C, R and P in tokens.
+        shape: lengths T, C, R and P in tokens, and rows in a sequence.
+        prompts: steering prompts of a batch, U, where rows share them; None for one to each row.
     """
     hypernet, rows = config.hypernet, config.train.batch
+    sequences, prompts = rows // shape.rows, rows if prompts is None else prompts
     below = config.steering.layers[0] + 1
     above = lm.layers - below
     reader = hypernet_shape(hypernet, lm)
     block, concept = _block(lm, shape.tokens), _block(reader, shape.concept)
     cross, head = _cross(hypernet, reader, shape), _head(hypernet, reader)
-    logits = 2 * shape.response * lm.width * lm.vocab
-    again = above * _again(lm, shape.tokens) + hypernet.blocks * (_again(reader, shape.concept) + cross.forward)
-    parts = StepFlops(
-        lower=below * block.forward,
-        upper=above * block.forward,
-        upper_backward=above * (block.weights + 2 * block.pairs),
-        hypernet=hypernet.blocks * concept.forward + head,
-        hypernet_backward=2 * (hypernet.blocks * concept.forward + head),
-        cross=hypernet.blocks * cross.forward,
-        cross_backward=hypernet.blocks * (2 * cross.forward - _context_gradient(hypernet, reader, shape)),
+    logits = sequences * 2 * shape.response * lm.width * lm.vocab
+    again = sequences * above * _again(lm, shape.tokens)
+    again += hypernet.blocks * (prompts * _again(reader, shape.concept) + rows * cross.forward)
+    return StepFlops(
+        lower=sequences * below * block.forward,
+        upper=sequences * above * block.forward,
+        upper_backward=sequences * above * (block.weights + 2 * block.pairs),
+        hypernet=prompts * (hypernet.blocks * concept.forward + head),
+        hypernet_backward=prompts * 2 * (hypernet.blocks * concept.forward + head),
+        cross=rows * hypernet.blocks * cross.forward,
+        cross_backward=rows * hypernet.blocks * (2 * cross.forward - _context_gradient(hypernet, reader, shape)),
         unembed=logits,
         unembed_backward=logits,
-        masked=(lm.layers + 2 * above) * block.masked + 3 * hypernet.blocks * concept.masked,
-        logits_again=logits,
+        masked=sequences * (lm.layers + 2 * above) * block.masked + prompts * 3 * hypernet.blocks * concept.masked,
         blocks_again=again if config.train.remat else 0,
     )
-    return StepFlops(*(rows * part for part in parts))
 
 
 def _block(lm: LMConfig, length: int) -> Products:

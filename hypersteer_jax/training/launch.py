@@ -41,6 +41,11 @@ def launch(config: RunConfig, resume: bool = False, console: Console | None = No
         ConfigError, DataError, WeightsError, CheckpointError: before any training, naming what to change.
     """
     console = console or Console()
+    if config.train.attention == "splash" and jax.default_backend() != "tpu":
+        raise ConfigError(
+            f"train.attention is splash, a kernel for TPUs, but the backend is {jax.default_backend()}; "
+            "set it to einsum"
+        )
     if resume:
         _check_same(config, checkpoint.read_config(config.out))
     lm, prompter = load_base(config.lm, config.train.compute_dtype)

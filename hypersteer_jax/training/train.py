@@ -24,7 +24,7 @@ from hypersteer_jax.models.selection import annealed_temperature, mean_gate, sel
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights
 from hypersteer_jax.steering import steered_residual
 from hypersteer_jax.training import checkpoint
-from hypersteer_jax.training.loss import response_loss, response_nll
+from hypersteer_jax.training.loss import response_loss
 from hypersteer_jax.training.metrics import MetricsLog
 
 Metrics = dict[str, Any]
@@ -67,39 +67,58 @@ def new_state(hypernet: Hypernet, config: TrainConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), hypernet, make_optimizer(config).init(hypernet))
 
 
-def batch_loss(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[Array, Array]:
-    """Loss of the steered base LM on the responses in nats, and how many tokens it is over; gates as at inference."""
-    _, metrics = objective(hypernet, lm, batch, config)
+def batch_loss(
+    hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig, residual: Array | None = None
+) -> tuple[Array, Array]:
+    """Loss of the steered base LM on the responses in nats, and how many tokens it is over; gates as at inference.
+
+    `residual` is `read_context`'s for this batch, if it is known already.
+    """
+    _, metrics = objective(hypernet, lm, batch, config, residual)
     return metrics["loss"], metrics["tokens"]
 
 
 def objective(
-    hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig, key: Array | None = None
+    hypernet: Hypernet,
+    lm: LM,
+    batch: SteeringBatch,
+    config: RunConfig,
+    residual: Array | None = None,
+    key: Array | None = None,
 ) -> tuple[Array, Metrics]:
     """What a step minimises, and its parts: the loss on the responses, and a selection head's penalty if there is one.
 
     The penalty is the mean gate over the real tokens times `selection.sparsity` (HyperStuff release). `key` is that of
-    the head's noise.
+    the head's noise, `residual` as for `batch_loss`.
     """
-    residual, gates = steered_residual(hypernet, lm, batch, config.steering, config.train.remat, key)
-    nll = response_nll(lm, residual, batch.response_tokens)
-    loss, tokens = response_loss(nll, batch.response_mask, config.train.loss)
+    settings = config.train
+    last, gates = steered_residual(
+        hypernet, lm, batch, config.steering, settings.remat, residual, settings.attention, key
+    )
+    loss, tokens = response_loss(lm, last, batch.response_tokens, batch.response_share, settings.loss)
     metrics = {"loss": loss, "tokens": tokens}
     if hypernet.selection is None:
         return loss, metrics
-    penalty = config.selection.sparsity * mean_gate(gates, batch.steer_mask, jnp.sum(batch.mask, axis=1))
+    rows = len(batch.factor) // len(batch.tokens)
+    penalty = config.selection.sparsity * mean_gate(gates, batch.steer_mask, batch.segments, rows)
     metrics |= {"penalty": penalty, "selected": selected_share(gates, batch.steer_mask)}
     return loss + penalty, metrics
 
 
-def train_step(state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[TrainState, Metrics]:
-    """One update. Pure: the random factor and the selection head's noise, if any, depend on seed and step only."""
+def train_step(
+    state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig, residual: Array | None = None
+) -> tuple[TrainState, Metrics]:
+    """One update. Pure: the random factor and the selection head's noise, if any, depend on seed and step only.
+
+    `residual` is `read_context`'s for this batch, if it is known already.
+    """
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     if config.train.factor_range is not None:
         low, high = config.train.factor_range
         sampled = jax.random.uniform(key, batch.factor.shape, minval=low, maxval=high)
         batch = batch._replace(factor=batch.factor * sampled)
-    (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.hypernet, lm, batch, config, key)
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    (_, metrics), grads = value_and_grad(state.hypernet, lm, batch, config, residual, key)
     updates, opt_state = make_optimizer(config.train).update(grads, state.opt_state, state.hypernet)
     hypernet = optax.apply_updates(state.hypernet, updates)
     if state.hypernet.selection is not None:

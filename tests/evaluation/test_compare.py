@@ -17,7 +17,7 @@ from tests.models.tiny import CONFIGS, random_lm
 
 LM = random_lm(dataclasses.replace(CONFIGS["gemma2"], sliding_window=64))
 ROWS = random_rows([4, 7, 5], [9, 12, 13], [3, 6, 4])
-BATCH = collate(ROWS, np.arange(3), Bucket(tokens=16, context=8, response=8, concept=8))
+BATCH = collate(ROWS, np.arange(3)[:, None], Bucket(tokens=16, context=8, response=8, concept=8))
 
 
 class Tokenizer:

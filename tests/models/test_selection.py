@@ -133,10 +133,12 @@ WHERE = jnp.array([[True, True, True, False], [True, True, False, False]])
 
 
 def test_mean_gate_by_hand() -> None:
-    """Over the real tokens, of which the first row has four and the second five, and over two steered blocks."""
-    found = mean_gate(GATES, WHERE, jnp.array([4, 5]))
-    assert float(found) == pytest.approx(((2.0 / 4 + 1.0 / 5) / 2 + (0.9 / 4 + 0.0) / 2) / 2)
-    assert float(mean_gate(GATES[:1], WHERE & False, jnp.array([4, 0]))) == 0
+    """Over the real tokens, of which the first sequence has four and the second three, and over two steered blocks."""
+    alone = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    assert float(mean_gate(GATES, WHERE, alone, 1)) == pytest.approx(((2 / 4 + 1 / 3) / 2 + (0.9 / 4 + 0) / 2) / 2)
+    assert float(mean_gate(GATES[:1], WHERE & False, 0 * alone, 1)) == 0
+    shared = jnp.array([[1, 2, 2, 2], [1, 1, 2, 0]])  # four rows of 1, 3, 2 and 1 tokens
+    assert float(mean_gate(GATES[:1], WHERE, shared, 2)) == pytest.approx((1.0 + 1.0 / 3 + 1.0 / 2 + 0.0) / 4)
 
 
 def test_selected_share_by_hand() -> None:

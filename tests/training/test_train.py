@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SelectionConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
-from hypersteer_jax.data.pipeline import BatchSource, collate, evaluation_batches, iterator, make_buckets
+from hypersteer_jax.data.pipeline import BatchSource, collate, evaluation_batches, iterator, make_layout
 from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, weight_spec
 from hypersteer_jax.training.checkpoint import CheckpointError, open_checkpoints, restore
@@ -36,7 +36,7 @@ from tests.models.tiny import CONFIGS, random_lm
 
 LM = random_lm(CONFIGS["gemma2"])
 ROWS = random_rows([4, 5, 6, 7] * 4, [9, 12, 14, 16] * 4, [3, 5, 4, 6] * 4)
-DATA = DataConfig(buckets=1)
+DATA = DataConfig(buckets=1, pack=False)
 CONFIG = RunConfig(
     hypernet=HypernetConfig(blocks=1),
     steering=SteeringConfig(layers=(1,)),
@@ -109,7 +109,8 @@ def test_clip_and_adamw_by_hand() -> None:
 # One step
 
 ONE_BATCH = having(CONFIG, steps=1000, batch=8)
-BATCH = collate(ROWS, np.arange(8), make_buckets(ROWS, 1)[0])
+LAYOUT = make_layout(ROWS, DATA, seed=0)
+BATCH = collate(ROWS, np.arange(8)[:, None], LAYOUT.buckets[0])
 step_fn = jax.jit(partial(train_step, config=ONE_BATCH))
 
 
@@ -250,7 +251,10 @@ def has_moments(part: Any) -> bool:
 
 
 def data(rows: Any = ROWS, evaluate: bool = False) -> TrainData:
-    return TrainData(iterator(rows, DATA, 4, seed=0), {"held-in": evaluation_batches(ROWS, 4, 2)} if evaluate else {})
+    return TrainData(
+        iterator(rows, make_layout(rows, DATA, seed=0), 4, seed=0),
+        {"held-in": evaluation_batches(ROWS, 4, 2)} if evaluate else {},
+    )
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -328,7 +332,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    source = BatchSource(ROWS, tuple(make_buckets(ROWS, 1)), 4, seed=0)
+    source = BatchSource(ROWS, LAYOUT, 4, seed=0)
     order = [source[index] for index in range(4)]
     bad = next(row for row, tokens in enumerate(ROWS.tokens) if (order[2].tokens[0, : len(tokens)] == tokens).all())
     factors = ROWS.factors.copy()
