@@ -142,8 +142,11 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     eval_every: int = 100  # steps; 0 switches evaluation off
     eval_batches: int = 4
+    eval_share: float = 0.05  # of the run's arithmetic at most; evaluations are spaced out to keep to it
     save_every: int = 200  # steps; 0 saves at the end only
     remat: bool = False  # recompute block activations in the backward pass
+    cache: Literal["off", "memory", "disk"] = "off"  # keep each row's residual, so that no epoch runs the lower blocks
+    cache_dir: Path = Path("runs/cache")  # of a disk cache; runs on the same base LM, layer and data can share one
     attention: AttentionName = "einsum"  # "splash": the TPU kernel, if a profile says that it is faster
 
 
@@ -259,6 +262,7 @@ def check(config: RunConfig, lm: LMConfig) -> None:
         "train.batch": train.batch,
         "train.learning_rate": train.learning_rate,
         "train.clip": train.clip,
+        "train.eval_share": train.eval_share,
         "data.buckets": data.buckets,
         "data.max_prompt": data.max_prompt,
         "data.max_response": data.max_response,

@@ -269,7 +269,7 @@ def test_gates_keep_what_steering_promises() -> None:
 
 def test_rows_of_one_sequence_are_gated_as_if_alone() -> None:
     rows = np.array([1, 2])
-    apart = collate(ROWS, rows, Bucket(tokens=16, context=8, response=16, concept=8))
+    apart = collate(ROWS, rows[:, None], Bucket(tokens=16, context=8, response=16, concept=8))
     packed = collate(ROWS, rows[None], Bucket(tokens=24, context=8, response=24, concept=8, rows=2))
     alone, together = (with_gates(GATED, BASE, batch, ONE)[1][0] for batch in (apart, packed))
     one, two = (np.asarray(gates)[batch.mask] for gates, batch in ((alone, apart), (together, packed)))

@@ -166,7 +166,7 @@ def make_layout(rows: Rows, data: DataConfig, seed: int) -> Layout:
 def _layout(rows: Rows, groups: int, data: DataConfig, seed: int) -> Layout:
     """The layout with at most so many groups, the shapes shared out evenly among them."""
     concepts = np.array([len(concept) for concept in rows.concepts])
-    widths = _bucket_lengths(concepts, groups)
+    widths = bucket_lengths(concepts, groups)
     group_of = np.searchsorted(widths, concepts)
     waiting = np.array([], np.int64)
     sequences, buckets = [], []
@@ -177,7 +177,7 @@ def _layout(rows: Rows, groups: int, data: DataConfig, seed: int) -> Layout:
         if not len(members):
             continue
         totals = rows.lengths[members].sum(1)
-        lengths = _bucket_lengths(totals, data.buckets // len(widths))
+        lengths = bucket_lengths(totals, data.buckets // len(widths))
         bucket_of = np.searchsorted(lengths, totals)
         for index, length in enumerate(lengths):
             sequences.append(members[bucket_of == index])
@@ -199,7 +199,7 @@ def _shape(rows: Rows, sequences: Int[np.ndarray, "M K"], tokens: int, concept: 
     return Bucket(tokens, _round_up(int(prompts.max())), _round_up(int(responses.max())), concept, sequences.shape[1])
 
 
-def _bucket_lengths(lengths: Int[np.ndarray, " N"], count: int) -> list[int]:
+def bucket_lengths(lengths: Int[np.ndarray, " N"], count: int) -> list[int]:
     """At most `count` ascending lengths that minimise the sum, over rows, of the first length that holds the row.
 
     Dynamic programming over the sorted distinct lengths: with one more bucket, the best cover of the j shortest ends in

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 
 from hypersteer_jax.config import LMConfig, RunConfig
 from hypersteer_jax.data.batch import DataError, SteeringBatch, SteeringExample
-from hypersteer_jax.data.pipeline import encode, evaluation_batches, iterator, make_layout, padding_report
+from hypersteer_jax.data.pipeline import (
+    Layout,
+    Rows,
+    encode,
+    evaluation_batches,
+    iterator,
+    make_layout,
+    padding_report,
+)
 from hypersteer_jax.data.prompts import Prompter, load_tokenizer
 from hypersteer_jax.data.readers import read, split_concepts
 from hypersteer_jax.data.tinyworld.world import training_examples
@@ -26,6 +34,8 @@ TINYWORLD_EVALUATION = 192  # and for each evaluation loss
 class TrainData(NamedTuple):
     """Batches to train on, and batches to measure, by name (such as "held-in" and "held-out")."""
 
+    rows: Rows  # that are trained on
+    layout: Layout  # of these rows
     batches: Any  # Grain iterator of SteeringBatch
     evaluation: dict[str, list[SteeringBatch]]
 
@@ -96,7 +106,8 @@ def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None])
         for name in ("held-in", "held-out")
         if name in encoded
     }
-    return TrainData(iterator(encoded["train"], layout, train.batch, train.seed), evaluation)
+    batches = iterator(encoded["train"], layout, train.batch, train.seed)
+    return TrainData(encoded["train"], layout, batches, evaluation)
 
 
 def limit_concepts(examples: list[SteeringExample], count: int | None, seed: int) -> list[SteeringExample]:

@@ -44,7 +44,7 @@ def compared(form: str, out: Path, wrong: float = 0.0) -> tuple[bool, dict]:
     )
     sides = compare.make_sides(config, LM, form)
     sides.baseline.hypernet.regression_head.weight.data[0, 0] += wrong
-    found = compare.compare(sides, TrainData(iter([BATCH] * 3), {"held-in": [BATCH]}), Words())
+    found = compare.compare(sides, TrainData(ROWS, None, iter([BATCH] * 3), {"held-in": [BATCH]}), Words())
     compare.write_report(form, sides, found, out)
     return found.agrees, json.loads((out / f"{form}.json").read_text())
 
