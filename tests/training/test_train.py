@@ -1,6 +1,7 @@
 """Training on a tiny LM: the optimiser by hand, the step on one device and on eight, and runs that are interrupted."""
 
 import dataclasses
+import itertools
 import json
 from functools import partial
 from pathlib import Path
