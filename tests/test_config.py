@@ -59,7 +59,8 @@ def test_every_field_survives() -> None:
         selection=SelectionConfig(True, False, False, 0.9, 0.1, True, 0.2, True, 0.3, True),
         data=DataConfig("x.jsonl", 3, 8, 100, 50, 20, False, 2, True, True),
         train=TrainConfig(
-            5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32", 7, 8, 9, True, "splash"
+            *(5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32"),
+            *(7, 8, 0.5, 9, True, "disk", Path("c"), "splash"),
         ),
     )
     for part in (config, config.hypernet, config.steering, config.selection, config.data, config.train):
