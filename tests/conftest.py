@@ -8,8 +8,14 @@ import pytest
 
 # Before jax is imported: it reads both once. Meshes of up to eight devices are tested without an accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little, so the compiler's last stage works without optimisations: half the time.
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+# Tests compile much and compute little, so the compiler's last stage works without optimisations: half the time. AVX is
+# the last instruction set that rounds a product before it is added to something: with a later one, bits depend on which
+# products and sums the compiler happens to put together (tests/oracle.py).
+for flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_max_isa=AVX",
+):
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch of the parity tests: on tiny models more threads only wait

@@ -138,14 +138,19 @@ def test_step_wastes_nothing(name: str) -> None:
     assert flops.blocks_again == 0
 
 
-@pytest.mark.parametrize("preset", ["gemma-2-2b", "gemma-2-9b"])
-def test_xla_counts_the_same(preset: str) -> None:
-    # XLA counts the body of a loop once, so here every loop runs once: one block each, one chunk of the loss.
-    lm_config, config = dataclasses.replace(PRESETS[preset], layers=2), run(1, (0,), batch=12)
-    shape = MIDDLE._replace(response=40)
-    lm, state = abstract(lm_config, config)
-    step = jax.jit(partial(train_step, config=config)).lower(state, lm, batch_of(12, shape))
-    assert 1.0 < step.cost_analysis()["flops"] / step_flops(lm_config, config, shape).total < 1.03
+@pytest.mark.parametrize("name", ["2b", "2b-packed", "9b"])
+def test_xla_counts_at_most_three_percent_above_the_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's own count of the whole step, elementwise work and optimizer included.
+
+    It counts the body of a loop once, so loops are unrolled while the step is traced; one that stayed would show as far
+    less than the formula.
+    """
+    monkeypatch.setattr(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
+    monkeypatch.setattr(jax.lax, "map", lambda f, xs: jax.lax.scan(lambda _, x: (None, f(x)), None, xs)[1])
+    preset, config, shape = FULL[name]
+    lm, state = abstract(PRESETS[preset], config)
+    step = jax.jit(partial(train_step, config=config)).lower(state, lm, batch_of(config.train.batch, shape))
+    assert 1.0 <= step.cost_analysis()["flops"] / step_flops(PRESETS[preset], config, shape).minimal <= 1.03
 
 
 def test_a_step_that_also_trains_the_lm_is_seen() -> None:
