@@ -46,7 +46,6 @@ TEST = [
     "pytest-xdist>=3.8,<4",  # optional: pytest -n 2
     "ruff>=0.17.6,<0.18",  # format and rules change with the minor
     "mypy>=2.4,<2.5",  # a new minor finds new errors
-    "beartype>=0.22,<0.24",  # checks the jaxtyping annotations at run time; below 1.0
 ]
 
 setup(

@@ -29,7 +29,6 @@ from hypersteer_jax.evaluation.protocol import GROUPS, make_trials
 from hypersteer_jax.generation import decode, left_pad
 from hypersteer_jax.models.lm import LM, cast, ranks
 from hypersteer_jax.models.weights import load_lm, save_lm
-from hypersteer_jax.training.loss import response_nll
 
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "\n"]
 TEMPLATE = (
@@ -145,7 +144,8 @@ def loss(lm: LM, tokens, index, targets) -> jax.Array:
     """Mean cross-entropy of the scored tokens in nats."""
     mask = tokens != 0
     residual = lm.run(lm.embed(tokens), ranks(mask), mask, 0, lm.config.layers)
-    nll = response_nll(lm, jnp.take_along_axis(residual, index[..., None], axis=1), targets)
+    logits = lm.unembed(jnp.take_along_axis(residual, index[..., None], axis=1))
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.sum(nll * (targets != 0)) / jnp.sum(targets != 0)
 
 

@@ -1,5 +1,6 @@
 """`hypersteer <command>`. Each command is one call into a module, imported when it runs, so that help is instant."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,6 +130,7 @@ def compare(
 
 def main() -> None:
     """Entry point: runs a command; what a user can mend is one message without a traceback, exit code 1."""
+    keep_compilations()
     try:
         code = app.cli(prog="hypersteer", description=__doc__, config=(tyro.conf.CascadeSubcommandArgs,))
     except ConfigError as error:
@@ -147,6 +149,16 @@ def main() -> None:
             fail(error)
         raise
     sys.exit(code or 0)
+
+
+def keep_compilations() -> None:
+    """Has jax keep what it compiles, so that the next run with the same shapes starts at once.
+
+    In the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another; JAX_ENABLE_COMPILATION_CACHE=false
+    switches it off. Environment variables, because jax is not imported yet.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "hypersteer_jax" / "compiled"))
 
 
 def fail(error: Exception) -> None:

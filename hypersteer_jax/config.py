@@ -100,9 +100,13 @@ class DataConfig:
     max_prompt: int = 512  # tokens, chat template included
     max_response: int = 128  # tokens; longer responses are cut, as AxBench cuts generation
     max_concept: int = 64  # tokens of the steering prompt
-    buckets: int = 4  # compiled shapes at most
+    pack: bool = True  # two rows in one sequence, a long one with a short one; needs an even train.batch
+    buckets: int = 6  # compiled shapes at most
     append_end: bool = False  # score the end-of-turn token after the response (the release does not)
     skip_bad_rows: bool = False  # drop malformed rows, counted and listed, instead of stopping
+
+
+AttentionName = Literal["einsum", "splash"]  # see `models/attention.py`
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,12 @@ class TrainConfig:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     eval_every: int = 100  # steps; 0 switches evaluation off
     eval_batches: int = 4
+    eval_share: float = 0.05  # of the run's arithmetic at most; evaluations are spaced out to keep to it
     save_every: int = 200  # steps; 0 saves at the end only
     remat: bool = False  # recompute block activations in the backward pass
+    cache: Literal["off", "memory", "disk"] = "off"  # keep each row's residual, so that no epoch runs the lower blocks
+    cache_dir: Path = Path("runs/cache")  # of a disk cache; runs on the same base LM, layer and data can share one
+    attention: AttentionName = "einsum"  # "splash": the TPU kernel, if a profile says that it is faster
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,7 @@ def check(config: RunConfig, lm: LMConfig) -> None:
         "train.batch": train.batch,
         "train.learning_rate": train.learning_rate,
         "train.clip": train.clip,
+        "train.eval_share": train.eval_share,
         "data.buckets": data.buckets,
         "data.max_prompt": data.max_prompt,
         "data.max_response": data.max_response,

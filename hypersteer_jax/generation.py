@@ -20,7 +20,7 @@ from hypersteer_jax.config import RunConfig, SteeringConfig
 from hypersteer_jax.data.prompts import Prompter
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, KVCache, empty_cache, reserve
-from hypersteer_jax.steering import lower_blocks, read_context, upper_pass
+from hypersteer_jax.steering import lower_blocks, read_context, steer, upper_pass
 
 MULTIPLE = 8  # prompt lengths are rounded up to it, so that few shapes are compiled
 
@@ -203,5 +203,9 @@ def _forward(
         return x
 
     residual = run(lm.embed(tokens), 0, lower_blocks(config))
-    residual = upper_pass(run, residual, lm.config.layers, vector, factor, where, config)
+
+    def add(x: Array) -> Array:
+        return steer(x, vector, factor, where)
+
+    residual = upper_pass(run, add, residual, lm.config.layers, config)
     return lm.unembed(residual[:, -1]), cache

@@ -5,13 +5,18 @@ over `data` and `fsdp`; weights are stored split over `fsdp` and gathered just b
 time inside the scan over blocks.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # the leading axis of every array of a SteeringBatch
@@ -68,3 +73,24 @@ def gather(weights: T) -> T:
 def batch_spec() -> P | None:
     """Output spec for gathers whose result has a leading batch axis; None without a mesh."""
     return BATCH if mesh_is_set() else None
+
+
+def batch_ways() -> int:
+    """Among how many devices a batch is split; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in BATCH[0]) if mesh_is_set() else 1
+
+
+def regroup(x: Array, *shape: int) -> Array:
+    """`x` in another shape that has a leading batch axis, too: rows of a sequence apart, or together."""
+    return jnp.reshape(x, shape, out_sharding=batch_spec())
+
+
+def on_own_rows(function: F) -> F:
+    """`function` of arrays with a leading batch axis, run by each device on its own rows.
+
+    For kernels: the compiler cannot split them over a mesh, and they do not say along which axes their results vary.
+    """
+    if not mesh_is_set():
+        return function
+    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)

@@ -8,7 +8,8 @@ One pass through the lower blocks serves both the context and the residual that 
 vector. Freezing the base LM is its being another argument: `jax.grad` differentiates the hypernetwork, and no gradient
 or optimizer state of the LM can exist.
 
-Letters: B batch, T length, C context length, R scored tokens, D width, V vocabulary.
+Letters: B rows, S sequences of one or two rows, T their length, C context length, R scored tokens of a sequence, D
+width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hypersteer_jax.config import SteeringConfig
+from hypersteer_jax.config import AttentionName, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.models.attention import Segments
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, ranks
+from hypersteer_jax.sharding import batch_spec, regroup
 
 Run = Callable[[Array, int, int], Array]  # (residual, start, stop) -> residual
+Add = Callable[[Array], Array]  # residual -> steered residual
 
 
 def steer(
@@ -42,31 +46,55 @@ def lower_blocks(config: SteeringConfig) -> int:
     return config.layers[0] + (config.context == "leaving")
 
 
-def upper_pass(
-    run: Run,
-    residual: Float[Array, "B T D"],
-    layers: int,
-    vector: Float[Array, "B D"],
-    factor: Float[Array, " B"],
-    where: Bool[Array, "B T"],
-    config: SteeringConfig,
-) -> Float[Array, "B T D"]:
-    """From the context's residual to the last block's, the vector added to the output of each steered block."""
+def upper_pass(run: Run, add: Add, residual: Array, layers: int, config: SteeringConfig) -> Float[Array, "B T D"]:
+    """From the context's residual to the last block's; `add` steers the output of each steered block."""
     at = lower_blocks(config)
     for layer in config.layers:
-        residual = steer(run(residual, at, layer + 1), vector, factor, where)
+        residual = add(run(residual, at, layer + 1))
         at = layer + 1
     return run(residual, at, layers)
 
 
-def read_context(lm: LM, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], config: SteeringConfig) -> Array:
+def read_context(
+    lm: LM,
+    tokens: Int[Array, "B T"],
+    segments: Segments,
+    config: SteeringConfig,
+    attention: AttentionName = "einsum",
+) -> Array:
     """Residual `[B, T, D]` that the hypernetwork reads and that `upper_pass` continues from."""
-    return lm.run(lm.embed(tokens), ranks(mask), mask, 0, lower_blocks(config))
+    return lm.run(lm.embed(tokens), ranks(segments), segments, 0, lower_blocks(config), attention=attention)
+
+
+def write_vectors(
+    hypernet: Hypernet,
+    lm: LM,
+    batch: SteeringBatch,
+    residual: Float[Array, "S T D"],
+    remat: bool = False,
+    attention: AttentionName = "einsum",
+) -> Float[Array, "B D"]:
+    """The steering vector of each row, from `read_context`'s residual."""
+    context = _at(residual, regroup(batch.context_index, len(residual), -1))
+    context = regroup(context, *batch.context_index.shape, -1)
+    vector = hypernet(
+        batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...], remat, attention
+    )
+    if hypernet.config.variant == "cross_attention":
+        return vector
+    # Without a context the vector is the steering prompt's alone, so each prompt was read once, whoever shares it.
+    return vector.at[batch.concept_row].get(out_sharding=batch_spec())
 
 
 def steered_residual(
-    hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig, remat: bool = False
-) -> Float[Array, "B R D"]:
+    hypernet: Hypernet,
+    lm: LM,
+    batch: SteeringBatch,
+    config: SteeringConfig,
+    remat: bool = False,
+    residual: Float[Array, "S T D"] | None = None,
+    attention: AttentionName = "einsum",
+) -> Float[Array, "S R D"]:
     """Last residual at the positions that predict the response tokens, under steering.
 
     Args:
@@ -75,21 +103,31 @@ def steered_residual(
         batch: see `SteeringBatch`; the vector is scaled by its `factor`.
         config: where to read and write.
         remat: recompute block activations in the backward pass.
+        residual: what `read_context` gives for this batch, if it is known already.
+        attention: how both networks compute their self-attention (see `models/attention.py`).
     """
-    residual = read_context(lm, batch.tokens, batch.mask, config)
-    context = residual[:, : batch.context_mask.shape[1]]  # rows start with their prompt
-    vector = hypernet(
-        batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...], remat=remat
-    )
-    positions = ranks(batch.mask)
+    if residual is None:
+        residual = read_context(lm, batch.tokens, batch.segments, config, attention)
+    sequences = len(residual)
+    vector = write_vectors(hypernet, lm, batch, residual, remat, attention)
+    vector = regroup(vector, sequences, -1, residual.shape[-1])
+    factor, positions = regroup(batch.factor, sequences, -1), ranks(batch.segments)
 
     def run(x: Array, start: int, stop: int) -> Array:
-        return lm.run(x, positions, batch.mask, start, stop, remat)
+        return lm.run(x, positions, batch.segments, start, stop, remat, attention)
 
-    residual = upper_pass(run, residual, lm.config.layers, vector, batch.factor, batch.steer_mask, config)
-    return jnp.take_along_axis(residual, batch.response_index[..., None], axis=1)
+    def add(x: Array) -> Array:
+        for row in range(factor.shape[1]):
+            x = steer(x, vector[:, row], factor[:, row], batch.steer_mask & (batch.segments == row + 1))
+        return x
+
+    return _at(upper_pass(run, add, residual, lm.config.layers, config), batch.response_index)
 
 
-def steered_logits(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Float[Array, "B R V"]:
-    """Logits that predict the response tokens, float32; training never holds them whole (`loss.response_nll`)."""
+def steered_logits(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Float[Array, "S R V"]:
+    """Logits that predict the response tokens, float32; training never holds them whole (`loss.response_loss`)."""
     return lm.unembed(steered_residual(hypernet, lm, batch, config))
+
+
+def _at(residual: Float[Array, "S T D"], columns: Int[Array, "S N"]) -> Float[Array, "S N D"]:
+    return jnp.take_along_axis(residual, columns[..., None], axis=1)

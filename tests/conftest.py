@@ -1,6 +1,7 @@
 """What every test stands on: eight CPU devices, few threads, and data that may or may not be there."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def shared_data() -> Path:
 def golden_dir() -> Path:
     """Inputs and outputs recorded from the authors' PyTorch release on a tiny random Gemma-2."""
     return folder_or_skip(SHARED / "reference/golden/gemma2_tiny_a", "numbers of the PyTorch release, reproduced")
+
+
+@pytest.fixture
+def splash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The splash kernel compiles for TPUs only; here its operations are carried out one by one."""
+    from hypersteer_jax.models import attention
+
+    monkeypatch.setattr(attention, "make_splash_mha", partial(attention.make_splash_mha, interpret=True))
 
 
 def random_hypernet(config, lm_config, seed: int = 1):
@@ -80,4 +89,5 @@ def random_rows(prompts, lengths, concepts, factors=None, seed: int = 0, vocab: 
         prefix=2,
         pad_id=0,
         positions="after_prefix",
+        context=True,
     )

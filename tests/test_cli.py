@@ -50,6 +50,7 @@ def test_an_unknown_recipe_lists_the_known_ones(monkeypatch, capsys):
         (["train", "tinyworld", "--data.source", "train.parquet", "--out", "x"], "no such file"),
         (["train", "tinyworld", "--hypernet.blocks", "9", "--out", "x"], "hypernet.blocks is 9"),
         (["train", "tinyworld", "--steering.layers", "7", "--out", "x"], "the base LM has blocks 0 to"),
+        (["train", "tinyworld", "--train.attention", "splash", "--out", "x"], "train.attention is splash"),
         (["train", "tinyworld", "--out", "x", "--resume"], "no run is stored here"),
     ],
 )

@@ -55,7 +55,9 @@ def test_every_field_survives() -> None:
         ),
         steering=SteeringConfig((1, 5), "leaving", "response", "after_prefix"),
         data=DataConfig("x.jsonl", 3, 8, 100, 50, 20, 2, True, True),
-        train=TrainConfig(5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32", 7, 8, 9, True),
+        train=TrainConfig(
+            5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32", 7, 8, 9, True, "splash"
+        ),
     )
     for part in (config, config.hypernet, config.steering, config.data, config.train):
         for field in dataclasses.fields(part):  # else a field could be lost without a difference

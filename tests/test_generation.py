@@ -59,15 +59,18 @@ def naive(model: Steered, requests: list[Request]) -> list[list[int]]:
         mask = column < starts[:, None] + done
         batch = SteeringBatch(
             tokens=tokens,
-            mask=mask,
+            segments=mask.astype(np.int32),
             steer_mask=mask & (column >= skip),
+            context_index=np.broadcast_to(column, mask.shape),
             context_mask=column < starts[:, None],
             response_index=starts[:, None] + done - 1,
             response_tokens=np.zeros((len(rows), 1), np.int32),
-            response_mask=np.ones((len(rows), 1), bool),
+            response_share=np.ones((len(rows), 1), np.float32),
             concept_tokens=concept_tokens,
             concept_mask=np.arange(16) >= 16 - concept_lengths[:, None],
+            concept_row=rows,
             factor=np.array([request.factor for request in requests], np.float32),
+            row=rows,
         )
         following = np.asarray(logits(model.hypernet, model.lm, batch, config=model.config.steering))[:, 0].argmax(1)
         tokens[rows, starts + done] = following

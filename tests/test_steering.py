@@ -12,9 +12,10 @@ from jax import Array
 from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket, collate
+from hypersteer_jax.models import attention
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, cast, ranks
-from hypersteer_jax.steering import lower_blocks, read_context, steer, steered_logits
+from hypersteer_jax.steering import lower_blocks, read_context, steer, steered_logits, write_vectors
 from hypersteer_jax.training.train import batch_loss, init_state, train_step
 from tests.conftest import random_hypernet, random_rows
 from tests.models.tiny import CONFIGS, random_lm
@@ -26,7 +27,7 @@ NET = NETS["cross_attention"]
 ONE = SteeringConfig(layers=(1,))
 PROMPTS, LENGTHS, CONCEPTS = (6, 8, 5), (16, 12, 9), (3, 8, 5)
 ROWS = random_rows(PROMPTS, LENGTHS, CONCEPTS, factors=(1.0, -0.7, 1.6))
-BATCH = collate(ROWS, np.arange(3), Bucket(tokens=16, context=8, response=16, concept=8))
+BATCH = collate(ROWS, np.arange(3)[:, None], Bucket(tokens=16, context=8, response=16, concept=8))
 COLUMNS = np.arange(16)
 EVERYWHERE = BATCH._replace(response_index=np.broadcast_to(COLUMNS, (3, 16)).astype(np.int32))  # same shape as BATCH
 
@@ -45,8 +46,7 @@ def base_logits(lm: LM, batch: SteeringBatch) -> Array:
 
 @partial(jax.jit, static_argnames="config")
 def vectors(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Array:
-    context = read_context(lm, batch.tokens, batch.mask, config)[:, : batch.context_mask.shape[1]]
-    return hypernet(batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...])
+    return write_vectors(hypernet, lm, batch, read_context(lm, batch.tokens, batch.segments, config))
 
 
 def test_steer_adds_factor_times_vector() -> None:
@@ -166,7 +166,7 @@ def test_padding_changes_nothing_in_true_positions() -> None:
     before = np.asarray(logits(NET, BASE, BATCH, config=ONE))
     after = np.asarray(logits(NET, BASE, scribbled, config=ONE))
     np.testing.assert_array_equal(after[BATCH.response_mask], before[BATCH.response_mask])
-    more = collate(ROWS, np.arange(3), Bucket(tokens=24, context=16, response=24, concept=16))
+    more = collate(ROWS, np.arange(3)[:, None], Bucket(tokens=24, context=16, response=24, concept=16))
     wider = np.asarray(logits(NET, BASE, more, config=ONE))
     np.testing.assert_allclose(wider[more.response_mask], before[BATCH.response_mask], atol=2e-5)
 
@@ -190,7 +190,7 @@ CASES = {
 POSITIONS = np.broadcast_to(COLUMNS, BATCH.tokens.shape)
 run_block = jax.jit(lambda lm, x, block: lm.run(x, POSITIONS, BATCH.mask, block, block + 1), static_argnums=2)
 unembed = jax.jit(LM.unembed)
-write_vectors = jax.jit(Hypernet.__call__)
+write = jax.jit(Hypernet.__call__)
 
 
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
@@ -199,7 +199,7 @@ def test_equals_a_computation_in_separate_passes(config: SteeringConfig) -> None
     context = BASE.embed(BATCH.tokens)
     for block in range(first + 1 if config.context == "leaving" else first):
         context = run_block(BASE, context, block)
-    vector = write_vectors(
+    vector = write(
         NET, BATCH.concept_tokens, BATCH.concept_mask, context[:, :8], BATCH.context_mask, BASE.embedding[...]
     )
     added = BATCH.factor[:, None, None] * np.asarray(vector)[:, None] * BATCH.steer_mask[..., None]
@@ -279,6 +279,18 @@ def test_remat_changes_neither_the_loss_nor_its_gradient() -> None:
         np.testing.assert_allclose(one, two, atol=1e-6 * max(1.0, float(jnp.abs(one).max())), rtol=1e-4)
     counts = [str(jax.make_jaxpr(partial(batch_loss, config=c))(NET, BASE, BATCH)).count("remat") for c in configs]
     assert counts[1] - counts[0] >= 3  # the hypernetwork's blocks, the steered block, the blocks above
+
+
+@pytest.mark.usefixtures("splash_on_cpu")
+def test_splash_kernel_in_both_networks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(NET.config)
+    einsum = loss_and_gradient(NET, BASE, BATCH, config=config)
+    monkeypatch.setattr(attention, "causal_mask", None)  # no self-attention may want it now
+    settings = dataclasses.replace(config.train, attention="splash")
+    splash = loss_and_gradient(NET, BASE, BATCH, config=dataclasses.replace(config, train=settings))
+    np.testing.assert_allclose(splash[0][0], einsum[0][0], rtol=1e-6)
+    for one, two in zip(jax.tree.leaves(splash[1]), jax.tree.leaves(einsum[1]), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5 * max(1.0, float(jnp.abs(two).max())))
 
 
 def test_loss_and_gradient_are_float32_over_a_bfloat16_lm() -> None:

@@ -1,15 +1,17 @@
 """Rows of tokens to batches of a few static shapes, and the endless order in which they come.
 
     rows = encode(examples, prompter, config.data, config.steering, config.hypernet.variant)
-    batches = iterator(rows, config.data, config.train.batch, config.train.seed)
+    layout = make_layout(rows, config.data, config.train.seed)
+    batches = iterator(rows, layout, config.train.batch, config.train.seed)
     batch = next(batches)                                      # a SteeringBatch of numpy arrays
 
-Lengths are bucketed, so that padding is not paid for, and the shapes are few, so that little is compiled. The order
-is a pure function of (seed, epoch): the iterator's state is one number, every host works out the same plan, and a
-restored run sees exactly the batches it would have seen.
+Rows are put two into a sequence, a long one with a short one, and sequences are bucketed by length, so that padding is
+not paid for; the shapes are few, so that little is compiled. The order is a pure function of (seed, epoch): the
+iterator's state is one number, every host works out the same plan, and a restored run sees exactly the batches it would
+have seen.
 
-Letters: N rows, B batch, T prompt and response, C leading columns that can hold prompt tokens, R response, P steering
-prompt.
+Letters: N rows, M sequences, K rows in each, B rows of a batch, S sequences of it, T their length, C context of a row,
+R scored tokens of a sequence, P steering prompt.
 """
 
 import functools
@@ -41,6 +43,7 @@ class Rows:
     prefix: int  # leading tokens that all prompts share
     pad_id: int
     positions: Literal["after_prefix", "after_bos", "all", "prompt", "response"]
+    context: bool  # whether the hypernetwork reads one; if not, rows share what is written for their steering prompt
     notices: tuple[str, ...] = ()  # one line for each kind of row that was dropped or cut
 
     def __len__(self) -> int:
@@ -51,14 +54,21 @@ class Rows:
         """Tokens of prompt and response together."""
         return np.array([len(tokens) for tokens in self.tokens], np.int32)
 
+    @functools.cached_property
+    def concept_ids(self) -> Int[np.ndarray, " N"]:
+        """Equal numbers for equal steering prompts, 0 to their number - 1."""
+        ids: dict[bytes, int] = {}
+        return np.array([ids.setdefault(concept.tobytes(), len(ids)) for concept in self.concepts])
+
 
 class Bucket(NamedTuple):
-    """One static shape; each length is a multiple of 8 and T the largest of T, C and R."""
+    """One static shape; each length is a multiple of 8."""
 
-    tokens: int  # T
-    context: int  # C
-    response: int  # R
+    tokens: int  # T of a sequence
+    context: int  # C of a row
+    response: int  # R of a sequence
     concept: int  # P
+    rows: int = 1  # in a sequence
 
 
 def encode(
@@ -118,28 +128,78 @@ def encode(
         prefix=prompter.prefix,
         pad_id=prompter.pad_id,
         positions=steering.train_positions,
+        context=variant == "cross_attention",
         notices=tuple(notices),
     )
 
 
-def make_buckets(rows: Rows, count: int) -> list[Bucket]:
-    """At most `count` shapes, shortest first, that compute the fewest tokens if every row takes the first that fits.
+def pair(rows: Rows, inside: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, "m 2"]:
+    """Rows two by two, the longest with the shortest and so on inwards, so that all pairs are about equally long.
 
-    C and R never fall from one shape to the next, so a row also fits in every later shape. P is the same in all.
+    Which of equally long rows meet depends on the seed. If their number is odd, one of them, drawn by the seed, stays
+    out.
     """
-    totals = _bucket_lengths(rows.lengths, count)
-    bucket = np.searchsorted(totals, rows.lengths)
-    concept = _round_up(max(map(len, rows.concepts)))
-    shapes = []
-    for index, total in enumerate(totals):
-        inside = bucket <= index
-        context = _round_up(int(rows.prompt_lengths[inside].max()))
-        response = _round_up(int((rows.lengths - rows.prompt_lengths)[inside].max()))
-        shapes.append(Bucket(total, context, response, concept))
-    return shapes
+    shuffled = inside[_random_order(np.random.Philox(seed), len(inside))][: len(inside) // 2 * 2]
+    ordered = shuffled[np.argsort(rows.lengths[shuffled], kind="stable")]
+    short, long = np.split(ordered, 2)
+    return np.stack([long[::-1], short], axis=1)
 
 
-def _bucket_lengths(lengths: Int[np.ndarray, " N"], count: int) -> list[int]:
+class Layout(NamedTuple):
+    """How the rows of a run lie in sequences, and these in batches; the same in every epoch."""
+
+    sequences: Int[np.ndarray, "M K"]  # rows in each sequence
+    bucket_of: Int[np.ndarray, " M"]  # which shape each sequence has
+    buckets: tuple[Bucket, ...]
+
+
+def make_layout(rows: Rows, data: DataConfig, seed: int) -> Layout:
+    """Sequences, and the at most `data.buckets` shapes that compute the fewest tokens for them.
+
+    Rows are grouped by the length of their steering prompts, then within a group by the length of their sequence. The
+    last shape holds every sequence, since what does not fill a batch elsewhere goes there (`epoch_plan`).
+    """
+    layouts = [_layout(rows, groups, data, seed) for groups in range(1, data.buckets + 1)]
+    return min(layouts, key=lambda layout: sum(computed_tokens(layout)))
+
+
+def _layout(rows: Rows, groups: int, data: DataConfig, seed: int) -> Layout:
+    """The layout with at most so many groups, the shapes shared out evenly among them."""
+    concepts = np.array([len(concept) for concept in rows.concepts])
+    widths = bucket_lengths(concepts, groups)
+    group_of = np.searchsorted(widths, concepts)
+    waiting = np.array([], np.int64)
+    sequences, buckets = [], []
+    for group, width in enumerate(widths):
+        inside = np.concatenate([waiting, np.flatnonzero(group_of == group)])
+        members = pair(rows, inside, seed) if data.pack else inside[:, None]
+        waiting = np.setdiff1d(inside, members)  # one row at most, which also fits in the next group
+        if not len(members):
+            continue
+        totals = rows.lengths[members].sum(1)
+        lengths = bucket_lengths(totals, data.buckets // len(widths))
+        bucket_of = np.searchsorted(lengths, totals)
+        for index, length in enumerate(lengths):
+            sequences.append(members[bucket_of == index])
+            buckets.append(_shape(rows, sequences[-1], length, width))
+    buckets[-1:] = [Bucket(*(max(sizes) for sizes in zip(*buckets, strict=True)))] if buckets else []
+    counts = [len(members) for members in sequences]
+    width = 1 + data.pack
+    return Layout(
+        np.concatenate([np.empty((0, width), np.int64), *sequences]),
+        np.repeat(np.arange(len(counts)), counts),
+        tuple(buckets),
+    )
+
+
+def _shape(rows: Rows, sequences: Int[np.ndarray, "M K"], tokens: int, concept: int) -> Bucket:
+    """The smallest shape of this T and P that holds the sequences."""
+    prompts = rows.prompt_lengths[sequences]
+    responses = (rows.lengths[sequences] - prompts).sum(1)
+    return Bucket(tokens, _round_up(int(prompts.max())), _round_up(int(responses.max())), concept, sequences.shape[1])
+
+
+def bucket_lengths(lengths: Int[np.ndarray, " N"], count: int) -> list[int]:
     """At most `count` ascending lengths that minimise the sum, over rows, of the first length that holds the row.
 
     Dynamic programming over the sorted distinct lengths: with one more bucket, the best cover of the j shortest ends in
@@ -166,110 +226,157 @@ def _round_up(length: Length) -> Length:
     return -(-length // MULTIPLE) * MULTIPLE
 
 
-def padding_report(rows: Rows, buckets: list[Bucket]) -> float:
-    """Share of the computed tokens [B, T] that are real, when every row sits in the first bucket that holds it."""
-    totals = np.array([bucket.tokens for bucket in buckets])
-    return float(rows.lengths.sum() / totals[np.searchsorted(totals, rows.lengths)].sum())
+def computed_tokens(layout: Layout) -> tuple[int, int]:
+    """Tokens that an epoch computes, padding included: of sequences, and of steering prompts."""
+    shapes = [layout.buckets[bucket] for bucket in layout.bucket_of]
+    return sum(shape.tokens for shape in shapes), sum(shape.concept * shape.rows for shape in shapes)
 
 
-def collate(rows: Rows, indices: Int[np.ndarray, " B"], bucket: Bucket) -> SteeringBatch:
-    """These rows as one batch of the bucket's shape, which must hold each of them."""
-    lengths, prompts = rows.lengths[indices, None], rows.prompt_lengths[indices, None]
+def padding_report(rows: Rows, layout: Layout) -> tuple[float, float]:
+    """Share of the computed tokens that are real: of sequences [S, T], and of steering prompts [B, P]."""
+    placed = layout.sequences.ravel()
+    sequences, concepts = computed_tokens(layout)
+    return float(rows.lengths[placed].sum() / sequences), sum(len(rows.concepts[row]) for row in placed) / concepts
+
+
+def collate(rows: Rows, sequences: Int[np.ndarray, "S K"], bucket: Bucket) -> SteeringBatch:
+    """These sequences of rows as one batch of the bucket's shape, which must hold each of them."""
+    flat = sequences.ravel()
+    lengths, prompts = rows.lengths[sequences], rows.prompt_lengths[sequences]
+    responses = lengths - prompts
+    starts, slots = (np.cumsum(counts, axis=1, dtype=np.int32) - counts for counts in (lengths, responses))
     column, slot = np.arange(bucket.tokens, dtype=np.int32), np.arange(bucket.response, dtype=np.int32)
-    mask, prompt = column < lengths, column < prompts
-    tokens = np.full(mask.shape, rows.pad_id, np.int32)
-    tokens[mask] = np.concatenate([rows.tokens[i] for i in indices])
-    response_mask = slot < lengths - prompts
-    response_index = np.where(response_mask, prompts - 1 + slot, 0).astype(np.int32)
-    response_tokens = np.where(response_mask, np.take_along_axis(tokens, response_index + 1, axis=1), rows.pad_id)
-    concept_lengths = np.array([len(rows.concepts[i]) for i in indices])[:, None]
-    concept_mask = np.arange(bucket.concept) >= bucket.concept - concept_lengths
+    shape, scored = (len(sequences), bucket.tokens), (len(sequences), bucket.response)
+    tokens, segments = np.full(shape, rows.pad_id, np.int32), np.zeros(shape, np.int32)
+    steer_mask = np.zeros(shape, bool)
+    response_index, response_share = np.zeros(scored, np.int32), np.zeros(scored, np.float32)
+    for k, members in enumerate(sequences.T):
+        start, length, prompt, response, first = (x[:, k, None] for x in (starts, lengths, prompts, responses, slots))
+        here = (start <= column) & (column < start + length)
+        segments[here] = k + 1
+        tokens[here] = np.concatenate([rows.tokens[row] for row in members])
+        steer_mask |= here & _steered(rows, column - start, prompt)
+        here = (first <= slot) & (slot < first + response)
+        response_index[here] = (start + prompt - 1 + slot - first)[here]
+        response_share[here] = np.broadcast_to(1 / response, scored)[here]
+    following = np.take_along_axis(tokens, np.minimum(response_index + 1, bucket.tokens - 1), axis=1)
+    context = np.arange(bucket.context, dtype=np.int32)
+    context_mask = context < prompts.reshape(-1, 1)
+    if rows.context:
+        concepts, concept_row = [rows.concepts[row] for row in flat], np.arange(len(flat))
+    else:
+        concepts, concept_row = _distinct(rows, flat)
+    concept_mask = np.arange(bucket.concept) >= bucket.concept - np.array([len(c) for c in concepts])[:, None]
     concept_tokens = np.full(concept_mask.shape, rows.pad_id, np.int32)
-    concept_tokens[concept_mask] = np.concatenate([rows.concepts[i] for i in indices])
+    concept_tokens[concept_mask] = np.concatenate(concepts)
     return SteeringBatch(
         tokens=tokens,
-        mask=mask,
-        steer_mask=_steer_mask(rows, column, mask, prompt),
-        context_mask=prompt[:, : bucket.context],
+        segments=segments,
+        steer_mask=steer_mask,
+        context_index=np.where(context_mask, starts.reshape(-1, 1) + context, 0).astype(np.int32),
+        context_mask=context_mask,
         response_index=response_index,
-        response_tokens=response_tokens.astype(np.int32),
-        response_mask=response_mask,
+        response_tokens=np.where(response_share > 0, following, rows.pad_id).astype(np.int32),
+        response_share=response_share,
         concept_tokens=concept_tokens,
         concept_mask=concept_mask,
-        factor=rows.factors[indices],
+        concept_row=concept_row.astype(np.int32),
+        factor=rows.factors[flat],
+        row=flat.astype(np.int32),
     )
 
 
-def _steer_mask(
-    rows: Rows, column: Int[np.ndarray, " T"], mask: Bool[np.ndarray, "B T"], prompt: Bool[np.ndarray, "B T"]
-) -> Bool[np.ndarray, "B T"]:
-    """Positions written in training. "prompt" and "response" are the two halves of "after_prefix"."""
+def _steered(rows: Rows, position: Int[np.ndarray, "S T"], prompt: Int[np.ndarray, "S 1"]) -> Bool[np.ndarray, "S T"]:
+    """Positions of a row that are written in training. "prompt" and "response" are the halves of "after_prefix"."""
     match rows.positions:
         case "all":
-            return mask
+            return position >= 0
         case "after_bos":
-            return mask & (column >= 1)
+            return position >= 1
         case "after_prefix":
-            return mask & (column >= rows.prefix)
+            return position >= rows.prefix
         case "prompt":
-            return prompt & (column >= rows.prefix)
+            return (position >= rows.prefix) & (position < prompt)
         case "response":
-            return mask & ~prompt
+            return position >= prompt
+
+
+def _distinct(rows: Rows, flat: Int[np.ndarray, " B"]) -> tuple[list[Tokens], Int[np.ndarray, " B"]]:
+    """Each steering prompt of the batch once, and which of them is whose.
+
+    Their number is the same in every batch: that of all the data, or that of the rows if it is smaller. Places left
+    over repeat the first prompt.
+    """
+    _, firsts, concept_row = np.unique(rows.concept_ids[flat], return_index=True, return_inverse=True)
+    places = min(len(flat), _round_up(int(rows.concept_ids.max()) + 1))
+    concepts = [rows.concepts[flat[first]] for first in firsts]
+    return concepts + concepts[:1] * (places - len(concepts)), concept_row
 
 
 def epoch_plan(
-    bucket_of: Int[np.ndarray, " N"], batch: int, seed: int, epoch: int
-) -> list[tuple[int, Int[np.ndarray, " B"]]]:
-    """The batches of one epoch as (bucket, rows), each row at most once: N // batch of them, whatever the order.
+    bucket_of: Int[np.ndarray, " M"], batch: int, seed: int, epoch: int
+) -> list[tuple[int, Int[np.ndarray, " S"]]]:
+    """The batches of one epoch as (bucket, sequences), each sequence at most once: M // batch of them in any order.
 
-    Rows are shuffled and fill their buckets. What does not fill a batch moves on to the next longer bucket; the last
-    bucket's rest, fewer than `batch` rows, waits for another epoch. Then the batches are shuffled.
+    Sequences are shuffled and fill their buckets. What does not fill a batch moves on to the last bucket, whose rest,
+    fewer than `batch` sequences, waits for another epoch. Then the batches are shuffled.
     """
     # Raw bits of a counter-based generator, because numpy may change `permutation` between versions but not these.
     bits = np.random.Philox([seed, epoch])
-    order = np.argsort(bits.random_raw(len(bucket_of)), kind="stable")
+    order = _random_order(bits, len(bucket_of))
+    last = int(bucket_of.max())
     batches, waiting = [], order[:0]
-    for bucket in range(int(bucket_of.max()) + 1):
-        waiting = np.concatenate([waiting, order[bucket_of[order] == bucket]])
-        full = len(waiting) // batch * batch
-        batches += [(bucket, indices) for indices in waiting[:full].reshape(-1, batch)]
-        waiting = waiting[full:]
-    return [batches[i] for i in np.argsort(bits.random_raw(len(batches)), kind="stable")]
+    for bucket in range(last + 1):
+        inside = order[bucket_of[order] == bucket]
+        if bucket == last:
+            inside = np.concatenate([waiting, inside])
+        full = len(inside) // batch * batch
+        batches += [(bucket, indices) for indices in inside[:full].reshape(-1, batch)]
+        waiting = np.concatenate([waiting, inside[full:]])
+    return [batches[i] for i in _random_order(bits, len(batches))]
+
+
+def _random_order(bits: np.random.Philox, count: int) -> Int[np.ndarray, " count"]:
+    return np.argsort(bits.random_raw(count), kind="stable")
 
 
 @dataclass(frozen=True, eq=False)
 class BatchSource:
-    """All batches of all epochs by index, a Grain `RandomAccessDataSource`; batch i belongs to epoch i // (N // B)."""
+    """All batches of all epochs by index, a Grain `RandomAccessDataSource`; batch i belongs to epoch i // (M // S)."""
 
     rows: Rows
-    buckets: tuple[Bucket, ...]
-    batch: int
+    layout: Layout
+    batch: int  # sequences, S
     seed: int
 
     def __len__(self) -> int:
         return sys.maxsize  # endless, as Grain writes it
 
     def __getitem__(self, index: int) -> SteeringBatch:
-        epoch, position = divmod(index, len(self.rows) // self.batch)
+        epoch, position = divmod(index, len(self.layout.sequences) // self.batch)
         bucket, indices = _cached_plan(self, epoch)[position]
-        return collate(self.rows, indices, self.buckets[bucket])
+        return collate(self.rows, self.layout.sequences[indices], self.layout.buckets[bucket])
 
 
 @functools.lru_cache(maxsize=4)  # prefetching threads stand on both sides of an epoch's end
-def _cached_plan(source: BatchSource, epoch: int) -> list[tuple[int, Int[np.ndarray, " B"]]]:
-    bucket_of = np.searchsorted([bucket.tokens for bucket in source.buckets], source.rows.lengths)
-    return epoch_plan(bucket_of, source.batch, source.seed, epoch)
+def _cached_plan(source: BatchSource, epoch: int) -> list[tuple[int, Int[np.ndarray, " S"]]]:
+    return epoch_plan(source.layout.bucket_of, source.batch, source.seed, epoch)
 
 
-def iterator(rows: Rows, data: DataConfig, batch: int, seed: int) -> grain.DatasetIterator:
-    """Endless training batches. `get_state` and `set_state` give and take the place in the order.
+def iterator(rows: Rows, layout: Layout, batch: int, seed: int) -> grain.DatasetIterator:
+    """Endless training batches of `batch` rows. `get_state` and `set_state` give and take the place in the order.
 
     Raises:
-        DataError: there are fewer rows than one batch needs.
+        DataError: there are fewer rows than one batch needs, or `batch` is no whole number of sequences.
     """
-    if len(rows) < batch:
+    each = layout.sequences.shape[1]
+    if batch % each:
+        raise DataError(
+            f"train.batch is {batch}, but data.pack puts {each} rows into a sequence; give an even number or unset it"
+        )
+    if layout.sequences.size < batch:
         raise DataError(f"train.batch is {batch}, but there are {len(rows)} rows to train on; lower it or add rows")
-    source = BatchSource(rows, tuple(make_buckets(rows, data.buckets)), batch, seed)
+    source = BatchSource(rows, layout, batch // each, seed)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # one thread is enough: under 1 ms a batch
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
@@ -277,12 +384,13 @@ def iterator(rows: Rows, data: DataConfig, batch: int, seed: int) -> grain.Datas
 def evaluation_batches(rows: Rows, batch: int, limit: int) -> list[SteeringBatch]:
     """The first `limit` * `batch` rows in order, all in one shape, so that evaluation compiles once.
 
-    The last batch is filled by repeating its rows with `response_mask` False: token sums and counts stay exact.
+    The last batch is filled by repeating its rows with `response_share` 0: token sums and counts stay exact.
     """
-    [bucket], batches = make_buckets(rows, 1), []
+    longest = int(rows.lengths.max()), max(len(concept) for concept in rows.concepts)
+    bucket, batches = _shape(rows, np.arange(len(rows))[:, None], *map(_round_up, longest)), []
     for start in range(0, min(len(rows), limit * batch), batch):
         real = np.arange(start, min(start + batch, len(rows)))
-        filled = collate(rows, np.resize(real, batch), bucket)
-        filled.response_mask[len(real) :] = False
+        filled = collate(rows, np.resize(real, batch)[:, None], bucket)
+        filled.response_share[len(real) :] = 0
         batches.append(filled)
     return batches

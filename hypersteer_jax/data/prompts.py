@@ -21,6 +21,9 @@ Tokens = Int[np.ndarray, " _"]  # one text as int32 ids, of its own length
 # The releases use one template in training and another in inference; here there is only this one.
 IN_CONTEXT = "{steering_prompt}\n\nInput: {prompt}"
 
+# They differ in their first token. Two digits might not: a vocabulary may have a piece for the space before them.
+PROBES = ("1", "Why")
+
 CHUNK = 8192  # texts tokenised at once: enough to use all cores, few enough that Python lists of ids stay small
 
 
@@ -50,10 +53,10 @@ class Prompter:
         if not tokenizer.chat_template:
             self.notice = "the tokenizer has no chat template: prompts are used as plain text"
             return
-        columns = enumerate(zip(*self.prompt_tokens(["1", "2"]), strict=False))
+        columns = enumerate(zip(*self.prompt_tokens(PROBES), strict=False))
         first = next((column for column, (one, two) in columns if one != two), None)
         if first is None:
-            raise DataError("the chat template renders the prompts '1' and '2' to the same tokens; check the template")
+            raise DataError(f"the chat template renders the prompts {PROBES} to the same tokens; check the template")
         self.prefix = first
 
     def render(self, prompt: str) -> str:

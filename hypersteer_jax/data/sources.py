@@ -10,7 +10,15 @@ import jax.numpy as jnp
 
 from hypersteer_jax.config import LMConfig, RunConfig
 from hypersteer_jax.data.batch import DataError, SteeringBatch, SteeringExample
-from hypersteer_jax.data.pipeline import encode, evaluation_batches, iterator, make_buckets, padding_report
+from hypersteer_jax.data.pipeline import (
+    Layout,
+    Rows,
+    encode,
+    evaluation_batches,
+    iterator,
+    make_layout,
+    padding_report,
+)
 from hypersteer_jax.data.prompts import Prompter, load_tokenizer
 from hypersteer_jax.data.readers import read, split_concepts
 from hypersteer_jax.data.tinyworld.world import training_examples
@@ -26,6 +34,8 @@ TINYWORLD_EVALUATION = 192  # and for each evaluation loss
 class TrainData(NamedTuple):
     """Batches to train on, and batches to measure, by name (such as "held-in" and "held-out")."""
 
+    rows: Rows  # that are trained on
+    layout: Layout  # of these rows
     batches: Any  # Grain iterator of SteeringBatch
     evaluation: dict[str, list[SteeringBatch]]
 
@@ -83,17 +93,21 @@ def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None])
         encoded[name] = encode(examples, prompter, data, config.steering, config.hypernet.variant)
         for notice in encoded[name].notices:
             say(f"{name}: {notice}")
-    buckets = make_buckets(encoded["train"], data.buckets)
-    share = padding_report(encoded["train"], buckets)
+    layout = make_layout(encoded["train"], data, train.seed)
+    shares = padding_report(encoded["train"], layout)
     concepts = len({example.concept for example in rows["train"]})
-    shapes = ", ".join(str(bucket.tokens) for bucket in buckets)
-    say(f"{len(encoded['train'])} rows of {concepts} concepts; lengths {shapes}: {share:.1%} of tokens are real")
+    shapes = ", ".join(f"{bucket.tokens}+{bucket.concept}" for bucket in layout.buckets)
+    say(
+        f"{len(encoded['train'])} rows of {concepts} concepts; lengths {shapes}: {shares[0]:.1%} of the tokens and "
+        f"{shares[1]:.1%} of the steering prompts' are real"
+    )
     evaluation: dict[str, list[SteeringBatch]] = {
         name: evaluation_batches(encoded[name], train.batch, train.eval_batches)
         for name in ("held-in", "held-out")
         if name in encoded
     }
-    return TrainData(iterator(encoded["train"], data, train.batch, train.seed), evaluation)
+    batches = iterator(encoded["train"], layout, train.batch, train.seed)
+    return TrainData(encoded["train"], layout, batches, evaluation)
 
 
 def limit_concepts(examples: list[SteeringExample], count: int | None, seed: int) -> list[SteeringExample]:

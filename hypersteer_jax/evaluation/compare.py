@@ -43,7 +43,7 @@ from hypersteer_jax.pytorch_baseline.steering import (
 from hypersteer_jax.pytorch_baseline.train import start
 from hypersteer_jax.pytorch_baseline.train import train_step as baseline_step
 from hypersteer_jax.steering import read_context as our_context
-from hypersteer_jax.steering import steered_logits
+from hypersteer_jax.steering import steered_logits, write_vectors
 from hypersteer_jax.training.train import batch_loss, init_state, train_step
 
 Form = Literal["release", "hyperstuff"]
@@ -103,6 +103,7 @@ def comparison_config(form: Form, steps: int, seed: int) -> RunConfig:
         memory_norm=False,
         positions="padded",
     )
+    data = dataclasses.replace(recipe.data, pack=False)
     steering = dataclasses.replace(recipe.steering, layers=(0,), context="entering", inference_positions="after_prefix")
     train = dataclasses.replace(
         recipe.train,
@@ -118,7 +119,7 @@ def comparison_config(form: Form, steps: int, seed: int) -> RunConfig:
         seed=seed,
         compute_dtype="float32",
     )
-    return dataclasses.replace(recipe, hypernet=hypernet, steering=steering, train=train)
+    return dataclasses.replace(recipe, hypernet=hypernet, steering=steering, data=data, train=train)
 
 
 def make_sides(config: RunConfig, lm: LM, form: Form) -> Sides:
@@ -160,8 +161,8 @@ def forward_rows(sides: Sides, batch: SteeringBatch) -> list[Row]:
     with torch.no_grad():
         theirs = forward(sides.baseline, padded)
     hypernet = jax.jit(partial(init_state, config))(lm).hypernet
-    context = np.asarray(our_context(lm, batch.tokens, batch.mask, config.steering))
-    prompts = context[:, : batch.context_mask.shape[1]][batch.context_mask]
+    context = np.asarray(our_context(lm, batch.tokens, batch.segments, config.steering))
+    prompts = context[:, : batch.context_mask.shape[1]][batch.context_mask]  # one row in a sequence, so it starts there
     logits = np.asarray(steered_logits(hypernet, lm, batch, config.steering))[batch.response_mask]
     their_logits = np.take_along_axis(theirs.logits.numpy(), batch.response_index[..., None], 1)[batch.response_mask]
     loss, _ = batch_loss(hypernet, lm, batch, config)
@@ -176,8 +177,7 @@ def forward_rows(sides: Sides, batch: SteeringBatch) -> list[Row]:
 
 @partial(jax.jit, static_argnames="config")
 def _vectors(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig) -> jax.Array:
-    context = our_context(lm, batch.tokens, batch.mask, config.steering)[:, : batch.context_mask.shape[1]]
-    return hypernet(batch.concept_tokens, batch.concept_mask, context, batch.context_mask, lm.embedding[...])
+    return write_vectors(hypernet, lm, batch, our_context(lm, batch.tokens, batch.segments, config.steering))
 
 
 def train_both(

@@ -118,20 +118,23 @@ def load_golden(directory: Path) -> Golden:
 
 def _batch(tensors: dict[str, np.ndarray]) -> SteeringBatch:
     tokens, mask, labels = tensors["input_ids"], tensors["attention_mask"] > 0, tensors["labels"]
-    columns = np.arange(tokens.shape[1])
+    columns, rows = np.arange(tokens.shape[1]), np.arange(len(tokens))
     steered = (tensors["intervention_locations"][:, 0, :, None] == columns).any(1)
-    next_tokens = np.roll(tokens, -1, axis=1)
+    scored = np.roll(labels != -100, -1, axis=1)
     return SteeringBatch(
         tokens=tokens,
-        mask=mask,
+        segments=mask.astype(np.int32),
         steer_mask=steered & mask,  # unused slots of the record point at the first pad
+        context_index=np.broadcast_to(columns, tokens.shape),
         context_mask=mask & (labels == -100),
         response_index=np.broadcast_to(columns, tokens.shape),
-        response_tokens=next_tokens,
-        response_mask=np.roll(labels != -100, -1, axis=1),
+        response_tokens=np.roll(tokens, -1, axis=1),
+        response_share=(scored / scored.sum(1, keepdims=True)).astype(np.float32),
         concept_tokens=tensors["concept_input_ids"],
         concept_mask=tensors["concept_attention_mask"] > 0,
+        concept_row=rows,
         factor=np.ones(len(tokens), np.float32),
+        row=rows,
     )
 
 

@@ -23,8 +23,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hypersteer_jax.config import HypernetConfig, LMConfig, hypernet_shape
-from hypersteer_jax.models.attention import causal_mask, rms_norm, rope, rope_frequencies
+from hypersteer_jax.config import AttentionName, HypernetConfig, LMConfig, hypernet_shape
+from hypersteer_jax.models.attention import Mask, rms_norm, rope, rope_frequencies, row_mask
 from hypersteer_jax.models.lm import LM, MLP, Attention, Block, cast, constant, embed, normal, ranks
 from hypersteer_jax.sharding import gather
 
@@ -41,8 +41,8 @@ class HyperBlock(Block):
         self.pre_cross = constant(one, config.width) if cross else None
         self.post_cross = constant(one, config.width) if cross and config.sandwich_norms else None
 
-    def __call__(self, x: Array, positions: Array, mask: Array, context: Array, seen: Array) -> Array:
-        """Residual `[B, P, D]` after the block; `mask [B, P, P]`, `context [B, C, D]`, `seen [B, P, C]`."""
+    def __call__(self, x: Array, positions: Array, mask: Mask, context: Array, seen: Array) -> Array:
+        """Residual `[B, P, D]` after the block; `mask` of P by P, `context [B, C, D]`, `seen [B, 1, C]`."""
         x = self.self_attention(x, *self.heads(x, positions), mask)
         if self.cross is not None:
             q = self.cross.queries(self.norm(x, self.pre_cross))
@@ -87,6 +87,7 @@ class Hypernet(nnx.Module):
         context_mask: Bool[Array, "B C"],
         lm_embedding: Float[Array, "V D"],
         remat: bool = False,
+        attention: AttentionName = "einsum",
     ) -> Float[Array, "B D"]:
         """Steering vectors, float32, computed in the dtype of `context`.
 
@@ -97,16 +98,17 @@ class Hypernet(nnx.Module):
             context_mask: True at the positions that may be read (prompt tokens, never the response).
             lm_embedding: the base LM's table, used when `embedding` is "shared".
             remat: recompute each block in the backward pass.
+            attention: how the self-attention is computed (see `attention.py`); the cross-attention is always einsum.
         """
         dtype = context.dtype
         table = lm_embedding if self.embedding is None else self.embedding[...]
         x = embed(table.astype(dtype), tokens, self.lm_config)
         true, padded = ranks(mask), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         positions = true if self.config.positions == "true" else padded
-        causal = causal_mask(positions, positions, mask, self.lm_config.sliding_window)
+        causal = row_mask(positions, mask, self.lm_config.sliding_window, attention)
         if self.memory_norm is not None:
             context = self._norm(context, self.memory_norm)
-        seen = jnp.broadcast_to(context_mask[:, None, :], (*tokens.shape, context.shape[1]))
+        seen = context_mask[:, None, :]
 
         def body(x: Array, block: HyperBlock) -> tuple[Array, None]:
             return gather(cast(block, dtype))(x, positions, causal, context, seen), None

@@ -11,6 +11,8 @@ Letters: B batch, T length, S cache length, L blocks, D width, N query heads, K 
 width, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,8 +21,18 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hypersteer_jax.config import LMConfig
-from hypersteer_jax.models.attention import attend, causal_mask, rms_norm, rope, rope_frequencies
+from hypersteer_jax.config import AttentionName, LMConfig
+from hypersteer_jax.models.attention import (
+    Mask,
+    Segments,
+    WholeRows,
+    attend,
+    causal_mask,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    row_mask,
+)
 from hypersteer_jax.sharding import batch_spec, gather
 
 INIT_STD = 0.02  # of every random weight matrix; Gemma's and the release's `initializer_range`
@@ -76,7 +88,7 @@ class Attention(nnx.Module):
             y = y + bias[...]
         return y if norm is None else rms_norm(y, norm[...], self.config.norm_eps, self.config.norm_offset)
 
-    def attend(self, q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Float[Array, "B T D"]:
+    def attend(self, q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T D"]:
         """Attention over given heads, projected back to the residual width."""
         heads = attend(q, k, v, mask, self.config.query_scale, self.config.attention_softcap)
         return jnp.einsum("btnh,nhd->btd", heads, self.o[...])
@@ -122,7 +134,7 @@ class Block(nnx.Module):
         k, v = self.attention.keys_values(x)
         return q, rope(k, positions, frequencies), v
 
-    def self_attention(self, x: Float[Array, "B T D"], q: Array, k: Array, v: Array, mask: Array) -> Array:
+    def self_attention(self, x: Float[Array, "B T D"], q: Array, k: Array, v: Array, mask: Mask) -> Array:
         """Residual after the self-attention sub-block."""
         return x + self.norm(self.attention.attend(q, k, v, mask), self.post_attention)
 
@@ -150,27 +162,28 @@ class LM(nnx.Module):
         self,
         residual: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T"],
+        segments: Segments,
         start: int,
         stop: int,
         remat: bool = False,
+        attention: AttentionName = "einsum",
     ) -> Float[Array, "B T D"]:
         """Residual stream after blocks `start` to `stop - 1`.
 
         Args:
             residual: the residual entering block `start`.
-            positions: rank of each token in its row, padding not counted (see `ranks`).
-            mask: True at real tokens.
+            positions: rank of each token in its segment (see `ranks`).
+            segments: not 0 at real tokens; a token sees its own segment only, so several texts can share a sequence.
             start: first block run.
             stop: one past the last block run.
             remat: recompute each block in the backward pass instead of keeping its activations.
+            attention: how the self-attention is computed (see `attention.py`).
         """
-        masks = self._masks(positions, positions, mask)
+        masks = self._masks(partial(row_mask, positions, segments, attention=attention), positions.shape[1])
 
         def body(x: Array, index: Array) -> tuple[Array, None]:
             block = self._block(index)
-            q, k, v = block.heads(x, positions)
-            x = block.self_attention(x, q, k, v, self._mask_of(masks, index))
+            x = self._self_attention(block, x, block.heads(x, positions), masks, index)
             return block.feed_forward(x), None  # only the carry: returning weights would stack them again
 
         return jax.lax.scan(jax.checkpoint(body) if remat else body, residual, jnp.arange(start, stop))[0]
@@ -180,7 +193,8 @@ class LM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """As `run`, for tokens whose slots `reserve` has just opened: they see the cache, and are written into it."""
         slot = cache.length - residual.shape[1]
-        masks = self._masks(positions, cache.positions, cache.valid)
+        valid = cache.valid[:, None, :]
+        masks = self._masks(partial(causal_mask, positions, cache.positions, valid), valid.shape[2])
 
         def body(carry: tuple[Array, Array, Array], index: Array) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
@@ -189,7 +203,7 @@ class LM(nnx.Module):
             keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (index, 0, slot, 0, 0))
             values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, slot, 0, 0))
             k, v = (jax.lax.dynamic_index_in_dim(heads, index, keepdims=False) for heads in (keys, values))
-            x = block.self_attention(x, q, k, v, self._mask_of(masks, index))
+            x = self._self_attention(block, x, (q, k, v), masks, index)
             return (block.feed_forward(x), keys, values), None
 
         carry, _ = jax.lax.scan(body, (residual, cache.k, cache.v), jnp.arange(start, stop))
@@ -212,18 +226,23 @@ class LM(nnx.Module):
         """Whole weights of one block, taken from the stack."""
         return gather(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), self.blocks))
 
-    def _masks(self, query_positions: Array, key_positions: Array, valid: Array) -> tuple[Array, Array]:
-        """Masks of even and odd blocks; they differ only where a sliding window can bind."""
-        full = causal_mask(query_positions, key_positions, valid)
-        window = self.config.sliding_window
-        if window is None or key_positions.shape[1] <= window:
-            return full, full
-        return causal_mask(query_positions, key_positions, valid, window), full
+    def _masks(self, of_window: Callable[..., Mask], keys: int) -> tuple[Mask, Mask]:
+        """Masks of even and odd blocks over `keys` tokens; they differ only where a sliding window can bind."""
+        full, window = of_window(window=None), self.config.sliding_window
+        return (full, full) if window is None or keys <= window else (of_window(window=window), full)
 
     @staticmethod
-    def _mask_of(masks: tuple[Array, Array], index: Array) -> Array:
+    def _self_attention(
+        block: Block, x: Array, heads: tuple[Array, Array, Array], masks: tuple[Mask, Mask], index: Array
+    ) -> Array:
+        """Residual after the self-attention of block `index`, under its own one of the masks."""
         even, odd = masks
-        return even if even is odd else jnp.where(index % 2 == 0, even, odd)
+        if even is odd:
+            return block.self_attention(x, *heads, even)
+        if isinstance(even, WholeRows) or isinstance(odd, WholeRows):  # a window is compiled into its kernel
+            under = partial(block.self_attention, x, *heads)
+            return jax.lax.cond(index % 2 == 0, lambda: under(even), lambda: under(odd))
+        return block.self_attention(x, *heads, jnp.where(index % 2 == 0, even, odd))
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], config: LMConfig) -> Float[Array, "B T D"]:
@@ -232,9 +251,14 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], config: LMConfi
     return x * jnp.asarray(config.width**0.5, x.dtype) if config.scale_embedding else x
 
 
-def ranks(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """True positions: how many real tokens stand before each. Padding gets a neighbour's rank; nothing reads it."""
-    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+def ranks(segments: Segments) -> Int[Array, "B T"]:
+    """True positions: how many tokens of its segment stand before each. Padding is counted likewise; nothing reads it.
+
+    Every segment is contiguous.
+    """
+    column = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return column - jax.lax.cummax(jnp.where(first, column, 0), axis=1)
 
 
 def empty_cache(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:

@@ -152,23 +152,29 @@ def response_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def release_batch(batch: SteeringBatch) -> Batch:
     """The same rows as the releases' collators pad them: to the longest, and one pad more on the right."""
-    tokens, steer_mask, response = (np.asarray(x) for x in (batch.tokens, batch.steer_mask, batch.response_mask))
-    lengths = np.asarray(batch.mask).sum(1)
-    shape, longest = (len(tokens), lengths.max() + 1), np.asarray(batch.concept_mask).sum(1).max()
-    padded, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED)
-    mask = np.arange(shape[1]) < lengths[:, None]
-    padded[mask] = tokens[np.asarray(batch.mask)]
-    rows, slots = np.nonzero(response)
-    labels[rows, np.asarray(batch.response_index)[rows, slots] + 1] = np.asarray(batch.response_tokens)[rows, slots]
-    counts = steer_mask.sum(1)
-    columns = np.argsort(~steer_mask, axis=1, kind="stable")[:, : counts.max()]
+    batch = SteeringBatch(*(np.asarray(x) for x in batch))
+    sequences, column = np.arange(len(batch.tokens))[:, None], np.arange(batch.tokens.shape[1])
+    first = batch.segments != np.pad(batch.segments, ((0, 0), (1, 0)))[:, :-1]
+    position = column - np.maximum.accumulate(np.where(first, column, 0), axis=1)  # in its row
+    row = sequences * (len(batch.factor) // len(batch.tokens)) + batch.segments - 1
+    at = row[batch.mask], position[batch.mask]
+    scored = np.nonzero(batch.response_mask)
+    answered = scored[0], batch.response_index[scored] + 1
+    lengths = np.bincount(at[0])
+    shape, longest = (len(lengths), lengths.max() + 1), batch.concept_mask.sum(1).max()
+    padded, labels, steered = np.zeros(shape, np.int64), np.full(shape, IGNORED), np.zeros(shape, bool)
+    padded[at], steered[at] = batch.tokens[batch.mask], batch.steer_mask[batch.mask]
+    labels[row[answered], position[answered]] = batch.response_tokens[scored]
+    counts = steered.sum(1)
+    columns = np.argsort(~steered, axis=1, kind="stable")[:, : counts.max()]
     unused = np.arange(counts.max()) >= counts[:, None]
+    mask = np.arange(shape[1]) < lengths[:, None]
     return Batch(
         tokens=torch.tensor(padded),
         mask=torch.tensor(mask.astype(np.int64)),
         labels=torch.tensor(labels),
         locations=torch.tensor(np.where(unused, lengths[:, None], columns)),
-        concept_tokens=torch.tensor(np.asarray(batch.concept_tokens, np.int64)[:, -longest:]),
-        concept_mask=torch.tensor(np.asarray(batch.concept_mask, np.int64)[:, -longest:]),
-        factor=torch.tensor(np.asarray(batch.factor)),
+        concept_tokens=torch.tensor(batch.concept_tokens[batch.concept_row, -longest:].astype(np.int64)),
+        concept_mask=torch.tensor(batch.concept_mask[batch.concept_row, -longest:].astype(np.int64)),
+        factor=torch.tensor(batch.factor),
     )

@@ -8,16 +8,21 @@ A product of [m, k] and [k, n] counts 2·m·n·k. Only such products are counted
 embedding look-ups, the optimizer and everything else that is linear in the activations or the weights is left out (it
 is bound by memory, not by arithmetic). Lengths are the padded ones of the batch. The minimum takes every block at
 every position: that the last hypernetwork block is read at one position only, and the last LM block at the scored ones,
-is not taken off, nor is a sliding window that binds.
+is not taken off, nor is a sliding window that binds, nor what two rows of one sequence do not see of each other.
 
-Letters: B batch, T prompt and response, C context, P steering prompt, R scored tokens, D width, V vocabulary, L and N
-blocks, ℓ the first steered block.
+Letters: T sequence, C context, P steering prompt, R scored tokens of a sequence, D width, V vocabulary, L and N blocks,
+ℓ the first steered block.
 """
 
+import math
 from typing import NamedTuple
 
+import numpy as np
+
 from hypersteer_jax.config import HypernetConfig, LMConfig, RunConfig, hypernet_shape
-from hypersteer_jax.data.pipeline import Bucket
+from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.data.pipeline import Bucket, Layout
+from hypersteer_jax.steering import lower_blocks
 
 
 class StepFlops(NamedTuple):
@@ -33,18 +38,43 @@ class StepFlops(NamedTuple):
     unembed: int  # logits of the scored positions, forward
     unembed_backward: int  # through activations
     masked: int  # overhead: the half of the self-attention squares that the causal mask throws away
-    logits_again: int  # overhead: logits made again in the backward pass, so that they are never held whole
     blocks_again: int  # overhead: activations made again in the backward pass (`train.remat`)
 
     @property
     def minimal(self) -> int:
         """What the method needs, without the overhead."""
-        return self.total - self.masked - self.logits_again - self.blocks_again
+        return self.total - self.masked - self.blocks_again
 
     @property
     def total(self) -> int:
         """What our step executes."""
         return sum(self)
+
+
+def evaluation_interval(
+    lm: LMConfig, config: RunConfig, layout: Layout, evaluation: dict[str, list[SteeringBatch]]
+) -> int:
+    """Steps from one evaluation to the next: `train.eval_every`, or more if these would exceed `train.eval_share`.
+
+    Both sides are counted in FLOPs, not in seconds, so that a run evaluates at the same steps wherever it runs. There
+    is always one evaluation, at the end. 0 is "never", as in `train.eval_every`.
+    """
+    train = config.train
+    cost = 0
+    for batches in evaluation.values():
+        tokens, context, response, concept = (
+            array.shape[1]
+            for batch in batches[:1]
+            for array in (batch.tokens, batch.context_mask, batch.response_tokens, batch.concept_tokens)
+        )
+        once = step_flops(lm, config, Bucket(tokens, context, response, concept))
+        cost += len(batches) * (once.lower + once.upper + once.hypernet + once.cross + once.unembed)
+    if not (train.eval_every and cost):
+        return train.eval_every
+    shapes = [step_flops(lm, config, bucket, cached=train.cache != "off").minimal for bucket in layout.buckets]
+    total = train.steps * np.mean([shapes[bucket] for bucket in layout.bucket_of])
+    affordable = max(1, int(train.eval_share * total / cost))
+    return max(train.eval_every, math.ceil(train.steps / affordable))
 
 
 class Products(NamedTuple):
@@ -60,37 +90,42 @@ class Products(NamedTuple):
         return self.weights + self.pairs
 
 
-def step_flops(lm: LMConfig, config: RunConfig, shape: Bucket) -> StepFlops:
+def step_flops(
+    lm: LMConfig, config: RunConfig, shape: Bucket, prompts: int | None = None, cached: bool = False
+) -> StepFlops:
     """FLOPs of `train_step` for `config.train.batch` rows of one shape, over all devices.
 
     Args:
         lm: the base LM's shape.
         config: its `hypernet`, `steering`, `train.batch` and `train.remat` count.
-        shape: lengths T, C, R and P in tokens.
+        shape: lengths T, C, R and P in tokens, and rows in a sequence.
+        prompts: steering prompts of a batch, U, where rows share them; None for one to each row.
+        cached: whether the step is given the residual that the hypernetwork reads.
     """
     hypernet, rows = config.hypernet, config.train.batch
+    sequences, prompts = rows // shape.rows, rows if prompts is None else prompts
     below = config.steering.layers[0] + 1
     above = lm.layers - below
+    run = below - lower_blocks(config.steering) if cached else below
     reader = hypernet_shape(hypernet, lm)
     block, concept = _block(lm, shape.tokens), _block(reader, shape.concept)
     cross, head = _cross(hypernet, reader, shape), _head(hypernet, reader)
-    logits = 2 * shape.response * lm.width * lm.vocab
-    again = above * _again(lm, shape.tokens) + hypernet.blocks * (_again(reader, shape.concept) + cross.forward)
-    parts = StepFlops(
-        lower=below * block.forward,
-        upper=above * block.forward,
-        upper_backward=above * (block.weights + 2 * block.pairs),
-        hypernet=hypernet.blocks * concept.forward + head,
-        hypernet_backward=2 * (hypernet.blocks * concept.forward + head),
-        cross=hypernet.blocks * cross.forward,
-        cross_backward=hypernet.blocks * (2 * cross.forward - _context_gradient(hypernet, reader, shape)),
+    logits = sequences * 2 * shape.response * lm.width * lm.vocab
+    again = sequences * above * _again(lm, shape.tokens)
+    again += hypernet.blocks * (prompts * _again(reader, shape.concept) + rows * cross.forward)
+    return StepFlops(
+        lower=sequences * run * block.forward,
+        upper=sequences * above * block.forward,
+        upper_backward=sequences * above * (block.weights + 2 * block.pairs),
+        hypernet=prompts * (hypernet.blocks * concept.forward + head),
+        hypernet_backward=prompts * 2 * (hypernet.blocks * concept.forward + head),
+        cross=rows * hypernet.blocks * cross.forward,
+        cross_backward=rows * hypernet.blocks * (2 * cross.forward - _context_gradient(hypernet, reader, shape)),
         unembed=logits,
         unembed_backward=logits,
-        masked=(lm.layers + 2 * above) * block.masked + 3 * hypernet.blocks * concept.masked,
-        logits_again=logits,
+        masked=sequences * (run + 3 * above) * block.masked + prompts * 3 * hypernet.blocks * concept.masked,
         blocks_again=again if config.train.remat else 0,
     )
-    return StepFlops(*(rows * part for part in parts))
 
 
 def _block(lm: LMConfig, length: int) -> Products:

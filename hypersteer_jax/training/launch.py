@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hypersteer_jax.config import ConfigError, RunConfig, SteeringConfig, check, to_dict
-from hypersteer_jax.data.sources import base_shape, load_base, load_data
+from hypersteer_jax.data.sources import TrainData, base_shape, load_base, load_data
 from hypersteer_jax.generation import Decoding, Request, Steered, complete
 from hypersteer_jax.models.convert import (
     HYPERSTUFF_WEIGHTS,
@@ -28,6 +28,8 @@ from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.weights import WeightsError
 from hypersteer_jax.sharding import make_mesh
 from hypersteer_jax.training import checkpoint
+from hypersteer_jax.training.activations import ActivationCache, open_cache
+from hypersteer_jax.training.flops import evaluation_interval
 from hypersteer_jax.training.train import Report, TrainState, init_state, new_state, train
 
 
@@ -38,6 +40,11 @@ def launch(config: RunConfig, resume: bool = False, console: Console | None = No
         ConfigError, DataError, WeightsError, CheckpointError: before any training, naming what to change.
     """
     console = console or Console()
+    if config.train.attention == "splash" and jax.default_backend() != "tpu":
+        raise ConfigError(
+            f"train.attention is splash, a kernel for TPUs, but the backend is {jax.default_backend()}; "
+            "set it to einsum"
+        )
     if resume:
         _check_same(config, checkpoint.read_config(config.out))
     lm, prompter = load_base(config.lm, config.train.compute_dtype)
@@ -46,7 +53,14 @@ def launch(config: RunConfig, resume: bool = False, console: Console | None = No
     if prompter.notice:
         console.print(prompter.notice)
     data = load_data(config, prompter, console.print)
-    state = train_with_bar(config, lm, data, resume, console)
+    interval, asked = evaluation_interval(lm.config, config, data.layout, data.evaluation), config.train.eval_every
+    if interval > asked:
+        console.print(
+            f"evaluating every {interval} steps instead of {asked}, which would take more than "
+            f"{config.train.eval_share:.0%} of the arithmetic (train.eval_share)"
+        )
+    cache = open_cache(config, lm, data.rows, prompter.tokenizer.chat_template or "", console)
+    state = train_with_bar(config, lm, data, resume, console, cache)
     console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
     return Steered(lm, prompter, off_mesh(state.hypernet), config)
 
@@ -69,7 +83,9 @@ def config_table(config: RunConfig) -> Table:
     return table
 
 
-def train_with_bar(config: RunConfig, lm: Any, data: Any, resume: bool, console: Console) -> TrainState:
+def train_with_bar(
+    config: RunConfig, lm: Any, data: TrainData, resume: bool, console: Console, cache: ActivationCache | None = None
+) -> TrainState:
     """Trains under a progress bar: loss, response tokens per second, time left, and the evaluation losses as lines."""
     bar = Progress(
         TextColumn("training"),
@@ -88,8 +104,10 @@ def train_with_bar(config: RunConfig, lm: Any, data: Any, resume: bool, console:
             bar.update(task, completed=report.step, loss=report.loss, speed=report.tokens_per_second)
             for name, value in report.evaluation.items():
                 console.print(f"step {report.step}  {name}: loss {value.steered:.3f}, unsteered {value.unsteered:.3f}")
+            if report.evaluation and report.step == config.train.steps:
+                console.print(f"evaluation took {report.evaluation_share:.1%} of the time")
 
-        return train(config, lm, data, resume, show)
+        return train(config, lm, data, resume, show, cache)
 
 
 def _check_same(config: RunConfig, stored: RunConfig) -> None:

@@ -1,51 +1,85 @@
 """The training loss: cross-entropy of the steered base LM on the response (paper, eq. 4)."""
 
-import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from hypersteer_jax.models.lm import LM
+from hypersteer_jax.sharding import batch_ways
 
-CHUNK = 8  # response positions whose logits exist at a time; batches round R up to a multiple of it
-
-
-def response_nll(lm: LM, residual: Float[Array, "B R D"], tokens: Int[Array, "B R"]) -> Float[Array, "B R"]:
-    """Negative log-likelihood of each response token in nats, float32.
-
-    The vocabulary may have 256,000 words, so logits are made for a few positions at a time and made again in the
-    backward pass, instead of being kept.
-    """
-    rows, length = tokens.shape
-    chunk = math.gcd(length, CHUNK)
-
-    @jax.checkpoint
-    def nll(part: tuple[Array, Array]) -> Array:
-        x, target = part
-        return optax.softmax_cross_entropy_with_integer_labels(lm.unembed(x), target)
-
-    def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-    return jnp.moveaxis(jax.lax.map(nll, (split(residual), split(tokens))), 0, 1).reshape(rows, length)
+# Tokens of a device whose logits exist at a time: with Gemma-2's vocabulary 0.5 GB of float32. Far fewer would leave an
+# accelerator waiting for the head's weights, which each chunk reads anew.
+CHUNK = 512
 
 
 def response_loss(
-    nll: Float[Array, "B R"], mask: Bool[Array, "B R"], mean: Literal["token", "example"] = "token"
+    lm: LM,
+    residual: Float[Array, "S R D"],
+    tokens: Int[Array, "S R"],
+    share: Float[Array, "S R"],
+    mean: Literal["token", "example"] = "token",
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Mean negative log-likelihood in nats, and the number of tokens it is over.
+    """Mean negative log-likelihood of the response tokens in nats, and the number of tokens it is over.
 
     "token" averages over all response tokens of the batch (release), so long responses weigh more; "example" averages
-    within each row first. Rows without response tokens count for nothing.
+    within each row first. Rows without response tokens count for nothing. Differentiable in `residual` only, for the
+    base LM is frozen.
+
+    Args:
+        lm: base LM, whose head makes the logits.
+        residual: last residual at the positions that predict the tokens.
+        tokens: response tokens.
+        share: 1 / number of response tokens of the token's row; 0 in padding.
+        mean: what is averaged over.
     """
-    nll = jnp.where(mask, nll, 0.0)
-    lengths = jnp.sum(mask, axis=1)
-    count = jnp.sum(lengths)
-    if mean == "token":
-        return jnp.sum(nll) / jnp.maximum(count, 1), count
-    rows = jnp.sum(nll, axis=1) / jnp.maximum(lengths, 1)
-    return jnp.sum(rows) / jnp.maximum(jnp.sum(lengths > 0), 1), count
+    real = share > 0
+    weights = real.astype(jnp.float32) if mean == "token" else share
+    return weighted_nll(lm, residual, tokens, weights / jnp.maximum(jnp.sum(weights), 1)), jnp.sum(real)
+
+
+@jax.custom_vjp
+def weighted_nll(
+    lm: LM, residual: Float[Array, "S R D"], tokens: Int[Array, "S R"], weights: Float[Array, "S R"]
+) -> Float[Array, ""]:
+    """Sum of `weights` times negative log-likelihoods in nats; a weight of 0 hides whatever is there.
+
+    The vocabulary may have 256,000 words, so logits are made for a few positions at a time. Where a gradient is wanted
+    it is made beside them, from the same logits: they are neither kept nor made twice.
+    """
+    return jnp.sum(_chunks(partial(_nll, lm), residual, tokens, weights))
+
+
+def _forward(lm: LM, residual: Array, tokens: Array, weights: Array) -> tuple[Array, Array]:
+    def nll_and_gradient(x: Array, target: Array, weight: Array) -> tuple[Array, Array]:
+        nll, pull = jax.vjp(lambda x: _nll(lm, x, target, weight), x)
+        return nll, pull(jnp.ones_like(nll))[0]
+
+    nll, gradient = _chunks(nll_and_gradient, residual, tokens, weights)
+    return jnp.sum(nll), gradient
+
+
+def _backward(gradient: Array, cotangent: Array) -> tuple[None, Array, None, None]:
+    return None, (cotangent * gradient).astype(gradient.dtype), None, None
+
+
+weighted_nll.defvjp(_forward, _backward)
+
+
+def _nll(lm: LM, x: Float[Array, "S c D"], target: Int[Array, "S c"], weight: Float[Array, "S c"]) -> Array:
+    nll = optax.softmax_cross_entropy_with_integer_labels(lm.unembed(x), target)
+    return weight * jnp.where(weight > 0, nll, 0.0)
+
+
+def _chunks(function: Any, *arrays: Array) -> Any:
+    """`function` of a few positions at a time; all arrays and results are `[S, R, ...]`."""
+    rows, length = arrays[1].shape
+    most = max(1, CHUNK * batch_ways() // rows)
+    chunk = max(size for size in range(1, min(length, most) + 1) if length % size == 0)
+    split = [jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0) for x in arrays]
+    parts = jax.lax.map(lambda part: function(*part), tuple(split))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(rows, length, *y.shape[3:]), parts)

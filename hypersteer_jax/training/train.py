@@ -23,7 +23,9 @@ from hypersteer_jax.models.lm import LM
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights
 from hypersteer_jax.steering import steered_residual
 from hypersteer_jax.training import checkpoint
-from hypersteer_jax.training.loss import response_loss, response_nll
+from hypersteer_jax.training.activations import ActivationCache
+from hypersteer_jax.training.flops import evaluation_interval
+from hypersteer_jax.training.loss import response_loss
 from hypersteer_jax.training.metrics import MetricsLog
 
 Metrics = dict[str, Any]
@@ -65,21 +67,31 @@ def new_state(hypernet: Hypernet, config: TrainConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), hypernet, make_optimizer(config).init(hypernet))
 
 
-def batch_loss(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[Array, Array]:
-    """Loss of the steered base LM on the responses in nats, and how many tokens it is over."""
-    residual = steered_residual(hypernet, lm, batch, config.steering, config.train.remat)
-    nll = response_nll(lm, residual, batch.response_tokens)
-    return response_loss(nll, batch.response_mask, config.train.loss)
+def batch_loss(
+    hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig, residual: Array | None = None
+) -> tuple[Array, Array]:
+    """Loss of the steered base LM on the responses in nats, and how many tokens it is over.
+
+    `residual` is `read_context`'s for this batch, if it is known already.
+    """
+    settings = config.train
+    last = steered_residual(hypernet, lm, batch, config.steering, settings.remat, residual, settings.attention)
+    return response_loss(lm, last, batch.response_tokens, batch.response_share, settings.loss)
 
 
-def train_step(state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig) -> tuple[TrainState, Metrics]:
-    """One update. Pure: the random factor, if any, depends on seed and step only."""
+def train_step(
+    state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig, residual: Array | None = None
+) -> tuple[TrainState, Metrics]:
+    """One update. Pure: the random factor, if any, depends on seed and step only.
+
+    `residual` is `read_context`'s for this batch, if it is known already.
+    """
     if config.train.factor_range is not None:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         low, high = config.train.factor_range
         sampled = jax.random.uniform(key, batch.factor.shape, minval=low, maxval=high)
         batch = batch._replace(factor=batch.factor * sampled)
-    (loss, tokens), grads = jax.value_and_grad(batch_loss, has_aux=True)(state.hypernet, lm, batch, config)
+    (loss, tokens), grads = jax.value_and_grad(batch_loss, has_aux=True)(state.hypernet, lm, batch, config, residual)
     updates, opt_state = make_optimizer(config.train).update(grads, state.opt_state, state.hypernet)
     hypernet = optax.apply_updates(state.hypernet, updates)
     metrics = {
@@ -91,6 +103,9 @@ def train_step(state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfi
     return TrainState(state.step + 1, hypernet, opt_state), metrics
 
 
+Loss = Callable[[Hypernet, LM, SteeringBatch], tuple[Array, Array]]
+
+
 class EvalLoss(NamedTuple):
     """Loss on one set of rows, in nats per response token, with and without steering."""
 
@@ -98,20 +113,19 @@ class EvalLoss(NamedTuple):
     unsteered: float
 
 
-def evaluate_loss(
-    loss: Callable[[Hypernet, LM, SteeringBatch], tuple[Array, Array]],
-    hypernet: Hypernet,
-    lm: LM,
-    batches: list[SteeringBatch],
-) -> EvalLoss:
-    """Token-weighted mean over batches, at each row's factor and at factor 0."""
-    sums, count = np.zeros(2), 0
+def evaluate_loss(loss: Loss, hypernet: Hypernet, lm: LM, batches: list[SteeringBatch]) -> float:
+    """Token-weighted mean over batches, in nats per response token."""
+    total, count = 0.0, 0
     for batch in batches:
-        steered, tokens = loss(hypernet, lm, batch)
-        unsteered, _ = loss(hypernet, lm, batch._replace(factor=batch.factor * 0))
-        sums += np.array([float(steered), float(unsteered)]) * int(tokens)
+        value, tokens = loss(hypernet, lm, batch)
+        total += float(value) * int(tokens)
         count += int(tokens)
-    return EvalLoss(*(sums / max(count, 1)).tolist())
+    return total / max(count, 1)
+
+
+def unsteered(batch: SteeringBatch) -> SteeringBatch:
+    """The batch at factor 0, which is the base LM's."""
+    return batch._replace(factor=batch.factor * 0)
 
 
 class Report(NamedTuple):
@@ -121,10 +135,16 @@ class Report(NamedTuple):
     loss: float  # nats per response token
     tokens_per_second: float  # response tokens
     evaluation: dict[str, EvalLoss]  # by name; empty but for steps that evaluated
+    evaluation_share: float  # of the time since training started
 
 
 def train(
-    config: RunConfig, lm: LM, data: TrainData, resume: bool = False, report: Callable[[Report], None] | None = None
+    config: RunConfig,
+    lm: LM,
+    data: TrainData,
+    resume: bool = False,
+    report: Callable[[Report], None] | None = None,
+    cache: ActivationCache | None = None,
 ) -> TrainState:
     """Trains to `config.train.steps`, with metrics, evaluation and checkpoints in `config.out`.
 
@@ -134,6 +154,7 @@ def train(
         data: from `load_data`.
         resume: continue from the newest checkpoint in `config.out`.
         report: called after every step.
+        cache: residuals of all rows of `data`, if they are kept (`train.cache`).
 
     Raises:
         CheckpointError: `config.out` cannot be written, already holds another run, or has nothing to resume.
@@ -156,10 +177,13 @@ def train(
         step_fn = jax.jit(partial(train_step, config=config), donate_argnums=0)
         loss_fn = jax.jit(partial(batch_loss, config=config))
         evaluation = {name: [shard_batch(b, mesh) for b in rows] for name, rows in data.evaluation.items()}
+        every = evaluation_interval(lm.config, config, data.layout, data.evaluation)
+        base: dict[str, float] = {}  # losses of the unsteered base LM: frozen, so measured once
         start = int(state.step)
         log = MetricsLog(out / "metrics.jsonl", start)
         stack.callback(log.close)
-        clock = time.perf_counter()
+        begin = clock = time.perf_counter()
+        evaluating = 0.0
 
         def settle(index: int, metrics: Metrics, batch: SteeringBatch) -> None:
             """Waits for a dispatched step's values, then checks, logs and reports them."""
@@ -171,29 +195,40 @@ def train(
                 raise _not_finite(out, index, row, batch)
             log.write(index, row | {"seconds": round(seconds, 4)})
             if report is not None:
-                report(Report(index + 1, row["loss"], row["tokens"] / seconds, {}))
-
-        def due(every: int, done: int) -> bool:
-            return done == settings.steps or (every > 0 and done % every == 0)
+                report(Report(index + 1, row["loss"], row["tokens"] / seconds, {}, evaluating / (now - begin)))
 
         pending: tuple[int, Metrics, SteeringBatch] | None = None
         for index in range(start, settings.steps):
             batch, done = next(data.batches), index + 1
-            state, metrics = step_fn(state, lm, shard_batch(batch, mesh))
+            last = done == settings.steps
+            saves = last or (settings.save_every > 0 and done % settings.save_every == 0)
+            evaluates = every > 0 and (last or done % every == 0)
+            residual = None if cache is None else shard_batch(cache.read(batch), mesh)
+            state, metrics = step_fn(state, lm, shard_batch(batch, mesh), residual=residual)
             if pending is not None:
                 settle(*pending)
             pending = (index, metrics, batch)
-            if not (due(settings.eval_every, done) or due(settings.save_every, done)):
+            if not (saves or evaluates):
                 continue
             settle(*pending)  # a state that is not finite must not be saved
             pending = None
-            if due(settings.save_every, done):
+            if saves:
                 checkpoint.save(checkpoints, done, state, data.batches)
-            if due(settings.eval_every, done):
-                losses = {name: evaluate_loss(loss_fn, state.hypernet, lm, rows) for name, rows in evaluation.items()}
-                log.write(index, {"evaluation": {name: loss._asdict() for name, loss in losses.items()}})
+            if evaluates:
+                clock = time.perf_counter()
+                for name, rows in evaluation.items():
+                    base.setdefault(name, evaluate_loss(loss_fn, state.hypernet, lm, list(map(unsteered, rows))))
+                losses = {
+                    name: EvalLoss(evaluate_loss(loss_fn, state.hypernet, lm, rows), base[name])
+                    for name, rows in evaluation.items()
+                }
+                now = time.perf_counter()
+                evaluating += now - clock
+                share = evaluating / (now - begin)
+                measured = {name: loss._asdict() for name, loss in losses.items()}
+                log.write(index, {"evaluation": measured, "evaluation_share": round(share, 4)})
                 if report is not None:
-                    report(Report(done, metrics["loss"].item(), 0.0, losses))
+                    report(Report(done, metrics["loss"].item(), 0.0, losses, share))
             clock = time.perf_counter()
     return state
 

@@ -17,7 +17,7 @@ from tests.models.tiny import CONFIGS, random_lm
 
 LM = random_lm(dataclasses.replace(CONFIGS["gemma2"], sliding_window=64))
 ROWS = random_rows([4, 7, 5], [9, 12, 13], [3, 6, 4])
-BATCH = collate(ROWS, np.arange(3), Bucket(tokens=16, context=8, response=8, concept=8))
+BATCH = collate(ROWS, np.arange(3)[:, None], Bucket(tokens=16, context=8, response=8, concept=8))
 
 
 class Tokenizer:
@@ -44,7 +44,7 @@ def compared(form: str, out: Path, wrong: float = 0.0) -> tuple[bool, dict]:
     )
     sides = compare.make_sides(config, LM, form)
     sides.baseline.hypernet.regression_head.weight.data[0, 0] += wrong
-    found = compare.compare(sides, TrainData(iter([BATCH] * 3), {"held-in": [BATCH]}), Words())
+    found = compare.compare(sides, TrainData(ROWS, None, iter([BATCH] * 3), {"held-in": [BATCH]}), Words())
     compare.write_report(form, sides, found, out)
     return found.agrees, json.loads((out / f"{form}.json").read_text())
 

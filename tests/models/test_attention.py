@@ -1,12 +1,25 @@
 """Attention, RoPE, masks and norm against their definitions, written out as loops in numpy."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 
-from hypersteer_jax.models.attention import attend, causal_mask, rms_norm, rope, rope_frequencies
+from hypersteer_jax.models.attention import (
+    WholeRows,
+    attend,
+    causal_mask,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    row_mask,
+)
 from hypersteer_jax.models.lm import ranks
 from hypersteer_jax.models.presets import PRESETS
+from hypersteer_jax.sharding import make_mesh, shard_batch
 from tests.models.tiny import CONFIGS
 
 RNG = np.random.default_rng(0)
@@ -88,15 +101,19 @@ def test_llama31_slows_only_the_slow_frequencies() -> None:
 def test_causal_mask_by_definition(window: int | None) -> None:
     real = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
     positions = np.asarray(ranks(jnp.asarray(real)))
-    mask = np.asarray(causal_mask(jnp.asarray(positions), jnp.asarray(positions), jnp.asarray(real), window))
+    mask = np.asarray(causal_mask(jnp.asarray(positions), jnp.asarray(positions), jnp.asarray(real)[:, None], window))
     for b, t, s in np.ndindex(*mask.shape):
         if real[b, t]:  # nothing reads what padding sees
             assert mask[b, t, s] == (real[b, s] and s <= t and (window is None or t - s < window))
 
 
-def test_padding_gets_ranks_in_range_and_real_tokens_count_from_zero() -> None:
-    mask = jnp.array([[0, 0, 1, 1], [1, 1, 0, 1]], bool)
-    np.testing.assert_array_equal(ranks(mask), [[0, 0, 0, 1], [0, 1, 1, 2]])
+def test_ranks_count_from_the_first_token_of_each_segment() -> None:
+    mask = jnp.array([[0, 0, 1, 1], [1, 1, 1, 0]], bool)
+    np.testing.assert_array_equal(np.where(mask, ranks(mask), -1), [[-1, -1, 0, 1], [0, 1, 2, -1]])
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 2]], np.int32)
+    np.testing.assert_array_equal(
+        np.where(segments, ranks(jnp.asarray(segments)), -1), [[0, 1, 2, 0, 1, -1, -1], [0, 0, 1, 2, 3, 4, 5]]
+    )
 
 
 def reference_attention(q, k, v, mask, scale, softcap) -> np.ndarray:
@@ -144,3 +161,82 @@ def test_softmax_of_bfloat16_is_float32() -> None:
     out = attend(q, k, jnp.ones((1, 600, 1, 4), jnp.bfloat16), jnp.ones((1, 1, 600), bool), 1.0, None)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=0.01)
+
+
+# The splash kernel, against the einsum
+
+
+def padded_rows(length: int) -> np.ndarray:
+    """Real tokens of four rows: all, the first ones, the last ones, none."""
+    column = np.arange(length)
+    return np.stack([column >= 0, column < length - 7, column >= 9, column < 0])
+
+
+def both_ways(
+    q: Array, k: Array, v: Array, real: Array, seed: Array, window: int | None, softcap: float | None
+) -> list[list[np.ndarray]]:
+    """Outputs and gradients at the real tokens, [einsum, splash]; `seed` is the gradient of the output."""
+
+    def weighted(q: Array, k: Array, v: Array, attention: str) -> tuple[Array, Array]:
+        out = attend(q, k, v, row_mask(ranks(real), real, window, attention), 0.3, softcap)
+        out = jnp.where(real[..., None, None], out, 0)  # nothing reads what padding queries get
+        return jnp.sum(out.astype(jnp.float32) * seed.astype(jnp.float32)), out
+
+    ways = []
+    for attention in ("einsum", "splash"):
+        value_and_grad = jax.value_and_grad(partial(weighted, attention=attention), argnums=(0, 1, 2), has_aux=True)
+        (_, out), grads = jax.jit(value_and_grad)(q, k, v)
+        ways.append([np.asarray(x, np.float32) for x in (out, *grads)])
+    return ways
+
+
+@pytest.mark.usefixtures("splash_on_cpu")
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "window", "softcap"),
+    [
+        (136, 2, None, 2.0),  # two blocks, the second almost empty
+        (136, 1, 20, 2.0),  # a window across blocks
+        (128, 2, 128, None),  # one whole block, and a window that cannot bind
+        (24, 4, 5, None),
+    ],
+)
+def test_splash_equals_einsum(length: int, kv_heads: int, window: int | None, softcap: float | None) -> None:
+    q, k, v, seed = (jnp.asarray(normal(4, length, heads, 16)) for heads in (4, kv_heads, kv_heads, 4))
+    einsum, splash = both_ways(q, k, v, jnp.asarray(padded_rows(length)), seed, window, softcap)
+    for theirs, ours in zip(einsum, splash, strict=True):
+        assert np.abs(theirs).max() > 0.5
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.usefixtures("splash_on_cpu")
+def test_splash_in_bfloat16_is_as_near_to_float32_as_einsum() -> None:
+    # Both round intermediate values to eight bits, but not the same ones: each is off by some 2^-9, relatively.
+    shapes = [(4, 24, heads, 16) for heads in (4, 2, 2, 4)]
+    q, k, v, seed = (jnp.asarray(normal(*shape), jnp.bfloat16) for shape in shapes)
+    real = jnp.asarray(padded_rows(24))
+    exact, _ = both_ways(*(x.astype(jnp.float32) for x in (q, k, v)), real, seed, 5, 2.0)
+    for ways in both_ways(q, k, v, real, seed, 5, 2.0):
+        for rounded, reference in zip(ways, exact, strict=True):
+            assert np.linalg.norm(rounded - reference) < 2**-7 * np.linalg.norm(reference)
+
+
+@pytest.mark.usefixtures("splash_on_cpu")
+@pytest.mark.parametrize("sides", [{}, {"data": 2, "fsdp": 2}])
+def test_splash_runs_on_each_device_of_a_mesh(sides: dict[str, int]) -> None:
+    mesh = make_mesh(**sides)
+    arrays = [*(normal(4, 24, heads, 16) for heads in (4, 2, 2)), padded_rows(24), normal(4, 24, 4, 16)]
+    with jax.set_mesh(mesh):
+        einsum, splash = both_ways(*shard_batch(arrays, mesh), 5, 2.0)
+    for theirs, ours in zip(einsum, splash, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.usefixtures("splash_on_cpu")
+def test_padding_of_splash_stays_finite_and_unread() -> None:
+    q, k, v = (normal(4, 24, heads, 16) for heads in (4, 2, 2))
+    real = padded_rows(24)
+    spoilt = np.where(real[..., None, None], v, np.float32(1e3))
+    splash = jax.jit(lambda values: attend(q, k, values, WholeRows(real, None), 0.3, None))
+    ways = [np.asarray(splash(values)) for values in (v, spoilt)]
+    np.testing.assert_array_equal(ways[0][real], ways[1][real])
+    assert np.isfinite(ways[1]).all()

@@ -69,6 +69,24 @@ def test_window_binds() -> None:
     assert np.abs(without[:, 4:] - within[:, 4:]).max(axis=(0, 2)).min() > 0.01
 
 
+@pytest.mark.usefixtures("splash_on_cpu")
+@pytest.mark.parametrize(("family", "remat"), [("gemma2", True), ("qwen2", False)])
+def test_run_with_the_splash_kernel_equals_run(family: str, remat: bool) -> None:
+    lm, column = LMS[family], np.arange(LENGTH)
+    real = jnp.asarray(np.stack([column < 9, column >= 2]))
+
+    def read(residual: Array, attention: str) -> tuple[Array, Array]:
+        out = jnp.where(real[..., None], lm.run(residual, ranks(real), real, 0, 4, remat, attention), 0)
+        return jnp.sum(jnp.sin(out)), out
+
+    both = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)
+    (_, einsum), theirs = both(lm.embed(TOKENS), "einsum")
+    (_, splash), ours = both(lm.embed(TOKENS), "splash")
+    assert np.abs(theirs).max() > 0.1
+    np.testing.assert_allclose(splash, einsum, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("split", [1, 3])
 def test_run_in_two_parts_equals_run(split: int) -> None:
     lm = LMS["gemma2"]

@@ -216,4 +216,4 @@ def test_gemma2_in_bfloat16(pair: Pair, tmp_path: Path) -> None:
 def test_mask_equals_definition(pair: Pair) -> None:
     positions, real = jnp.asarray(POSITIONS), jnp.ones((BATCH, LENGTH), bool)
     window = pair.ours.config.sliding_window
-    np.testing.assert_array_equal(causal_mask(positions, positions, real, window), mask_of(pair, 0))
+    np.testing.assert_array_equal(causal_mask(positions, positions, real[:, None], window), mask_of(pair, 0))

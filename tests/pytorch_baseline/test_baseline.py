@@ -50,7 +50,7 @@ ROWS = random_rows(PROMPTS, LENGTHS, CONCEPTS, factors=[1.0, -0.5, 1.5])
 
 def jax_batch(concept: int = max(CONCEPTS)) -> SteeringBatch:
     """The rows in a bucket that is longer than they are, but for the concepts: there padding changes the vector."""
-    return collate(ROWS, np.arange(3), Bucket(tokens=16, context=8, response=8, concept=concept))
+    return collate(ROWS, np.arange(3)[:, None], Bucket(tokens=16, context=8, response=8, concept=concept))
 
 
 BATCH = release_batch(jax_batch())

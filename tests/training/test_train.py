@@ -1,7 +1,6 @@
 """Training on a tiny LM: the optimiser by hand, the step on one device and on eight, and runs that are interrupted."""
 
 import dataclasses
-import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
-from hypersteer_jax.data.pipeline import BatchSource, collate, evaluation_batches, iterator, make_buckets
+from hypersteer_jax.data.pipeline import BatchSource, collate, evaluation_batches, iterator, make_layout
 from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, weight_spec
+from hypersteer_jax.training.activations import open_cache
 from hypersteer_jax.training.checkpoint import CheckpointError, open_checkpoints, restore
 from hypersteer_jax.training.train import (
-    EvalLoss,
     Report,
     TrainState,
     evaluate_loss,
@@ -28,13 +28,14 @@ from hypersteer_jax.training.train import (
     make_optimizer,
     train,
     train_step,
+    unsteered,
 )
 from tests.conftest import random_rows
 from tests.models.tiny import CONFIGS, random_lm
 
 LM = random_lm(CONFIGS["gemma2"])
 ROWS = random_rows([4, 5, 6, 7] * 4, [9, 12, 14, 16] * 4, [3, 5, 4, 6] * 4)
-DATA = DataConfig(buckets=1)
+DATA = DataConfig(buckets=1, pack=False)
 CONFIG = RunConfig(
     hypernet=HypernetConfig(blocks=1),
     steering=SteeringConfig(layers=(1,)),
@@ -46,6 +47,7 @@ CONFIG = RunConfig(
         factor_range=(0.5, 1.5),
         compute_dtype="float32",
         eval_every=2,
+        eval_share=1.0,  # as often as is asked for
         save_every=2,
     ),
 )
@@ -107,7 +109,8 @@ def test_clip_and_adamw_by_hand() -> None:
 # One step
 
 ONE_BATCH = having(CONFIG, steps=1000, batch=8)
-BATCH = collate(ROWS, np.arange(8), make_buckets(ROWS, 1)[0])
+LAYOUT = make_layout(ROWS, DATA, seed=0)
+BATCH = collate(ROWS, np.arange(8)[:, None], LAYOUT.buckets[0])
 step_fn = jax.jit(partial(train_step, config=ONE_BATCH))
 
 
@@ -181,12 +184,13 @@ def has_moments(part: Any) -> bool:
 
 
 def data(rows: Any = ROWS, evaluate: bool = False) -> TrainData:
-    return TrainData(iterator(rows, DATA, 4, seed=0), {"held-in": evaluation_batches(ROWS, 4, 2)} if evaluate else {})
+    layout, evaluation = make_layout(rows, DATA, seed=0), {"held-in": evaluation_batches(ROWS, 4, 2)}
+    return TrainData(rows, layout, iterator(rows, layout, 4, seed=0), evaluation if evaluate else {})
 
 
 def metrics_of(out: Path) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [{name: row[name] for name in row if name not in ("seconds", "evaluation_share")} for row in rows]
 
 
 class Run(NamedTuple):
@@ -214,6 +218,9 @@ def test_run_leaves_metrics_and_reports(whole: Run) -> None:
     assert [row["learning_rate"] for row in steps] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
     assert [report.loss for report in whole.reports if not report.evaluation] == [row["loss"] for row in steps]
     assert [report.step for report in whole.reports] == [1, 2, 2, 3, 4, 4]
+    shares = [report.evaluation_share for report in whole.reports]
+    assert shares[:2] == [0, 0]
+    assert 0 < shares[2] < 1
     first, last = (row["evaluation"]["held-in"] for row in evaluations)
     assert first["unsteered"] == last["unsteered"]  # the base LM is frozen
     assert last["steered"] < first["steered"]
@@ -259,7 +266,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    source = BatchSource(ROWS, tuple(make_buckets(ROWS, 1)), 4, seed=0)
+    source = BatchSource(ROWS, LAYOUT, 4, seed=0)
     order = [source[index] for index in range(4)]
     bad = next(row for row, tokens in enumerate(ROWS.tokens) if (order[2].tokens[0, : len(tokens)] == tokens).all())
     factors = ROWS.factors.copy()
@@ -279,15 +286,30 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_evaluation_is_a_mean_over_tokens() -> None:
-    values = itertools.count(1)
-
     def loss(hypernet: Any, lm: Any, batch: SteeringBatch) -> tuple[float, int]:
-        return float(batch.factor[0]) * 10 + next(values), 1 if next_is_first(batch) else 3
+        return float(batch.factor[0]), 1 if batch.tokens[0, 0] == BATCH.tokens[0, 0] else 3
 
-    def next_is_first(batch: SteeringBatch) -> bool:
-        return batch.tokens[0, 0] == BATCH.tokens[0, 0]
+    second = BATCH._replace(tokens=BATCH.tokens[::-1], factor=5 * BATCH.factor)
+    assert evaluate_loss(loss, None, LM, [BATCH, second]) == (1 * 1 + 5 * 3) / 4
+    assert evaluate_loss(loss, None, LM, list(map(unsteered, [BATCH, second]))) == 0
+    assert evaluate_loss(loss, None, LM, []) == 0
 
-    second = BATCH._replace(tokens=BATCH.tokens[::-1])
-    found = evaluate_loss(loss, None, LM, [BATCH, second])
-    assert found == EvalLoss(steered=(11 * 1 + 13 * 3) / 4, unsteered=(2 * 1 + 4 * 3) / 4)
-    assert evaluate_loss(loss, None, LM, []) == EvalLoss(0.0, 0.0)
+
+def test_evaluation_can_be_switched_off(tmp_path: Path) -> None:
+    config = dataclasses.replace(having(CONFIG, eval_every=0, steps=2), out=tmp_path / "run")
+    train(config, LM, data(evaluate=True))
+    assert [row["step"] for row in metrics_of(config.out)] == [0, 1]
+
+
+def test_cached_residuals_change_nothing_but_the_work(tmp_path: Path) -> None:
+    config = dataclasses.replace(having(CONFIG, eval_every=0, cache="memory"), out=tmp_path / "cached")
+    stream = data()
+    cache = open_cache(config, LM, stream.rows, "", Console(quiet=True))
+    cached = train(config, LM, stream, cache=cache)
+    plain = train(dataclasses.replace(config, out=tmp_path / "plain"), LM, data())
+    for one, two in zip(jax.tree.leaves(cached), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+    zeros = cache._replace(residual=0 * cache.residual)
+    other = train(dataclasses.replace(config, out=tmp_path / "zeros"), LM, data(), cache=zeros)
+    moved = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (cached, other)), strict=True)]
+    assert max(moved) > 1e-3  # what is cached is what is read
