@@ -22,11 +22,11 @@ LM = dataclasses.replace(CONFIGS["gemma2"], sliding_window=64)
 OWN = {"heads": 6, "kv_heads": 3, "mlp_width": 40}
 THEIRS = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 40}
 ROWS = random_rows([4, 7, 5], [9, 12, 13], [3, 6, 4])
-BATCH = release_batch(collate(ROWS, np.arange(3), Bucket(tokens=16, context=8, response=8, concept=8)))
+BATCH = release_batch(collate(ROWS, np.arange(3)[:, None], Bucket(tokens=16, context=8, response=8, concept=8)))
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("layer", [0, 3])
 @pytest.mark.parametrize("own", [False, True], ids=["base sizes", "own sizes"])
 def test_formula_is_pytorchs_count(form: str, layer: int, own: bool) -> None:
     lm = load_lm(Gemma2Config(**to_hugging_face(LM)), lm_tensors(random_lm(LM)))
