@@ -7,11 +7,10 @@ Letters: B batch, R scored tokens, D width, V vocabulary.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +19,13 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from hypersteer_jax.config import RECIPES, ConfigError, RunConfig, check, to_dict
+from hypersteer_jax.config import RECIPES, ConfigError, LMConfig, RunConfig, check
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.prompts import Prompter
 from hypersteer_jax.data.sources import TrainData, load_base, load_data
+from hypersteer_jax.evaluation.compare_report import Comparison, Form, Text, write_report
 from hypersteer_jax.evaluation.golden import FORWARD, Row, relative_error
-from hypersteer_jax.evaluation.speed import Speed, machine, time_steps
+from hypersteer_jax.evaluation.speed import alone, baseline_alone, ours_alone, time_steps
 from hypersteer_jax.generation import decode, left_pad
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM
@@ -46,12 +46,11 @@ from hypersteer_jax.steering import read_context as our_context
 from hypersteer_jax.steering import steered_logits, write_vectors
 from hypersteer_jax.training.train import batch_loss, init_state, train_step
 
-Form = Literal["release", "hyperstuff"]
-
 RUN = 1e-3  # relative error allowed to losses of a run: rounding grows with every step
 COSINE = 5e-7  # allowed to 1 - cosine after training: it is 1.000000
 TEXTS, MAX_NEW = 3, 32  # texts of each evaluation set, and their tokens at most
 TIMED = 9  # batches
+MEASURED = 3  # batches, for memory
 
 
 class Sides(NamedTuple):
@@ -60,33 +59,6 @@ class Sides(NamedTuple):
     config: RunConfig
     lm: LM
     baseline: Baseline
-
-
-class Text(NamedTuple):
-    """One greedy text of each side."""
-
-    concept: str
-    prompt: str
-    ours: str
-    baseline: str
-    differs: int | None  # index of the first token that differs; None if the texts are identical
-
-
-class Comparison(NamedTuple):
-    """All that was found."""
-
-    rows: list[Row]
-    losses: list[tuple[float, float]]  # of each step, ours and the baseline's, nats per response token
-    cosines: list[float]  # of the vectors after training, one for each row of the evaluation sets
-    concepts: int  # different steering prompts among these rows
-    texts: list[Text]
-    speeds: tuple[Speed, Speed]  # ours and the baseline's
-    faster: float  # median over batches of the baseline's seconds over ours
-
-    @property
-    def agrees(self) -> bool:
-        """Whether every row does. Texts do not count: a tie between two tokens may fall either way."""
-        return all(row.agrees for row in self.rows)
 
 
 def comparison_config(form: Form, steps: int, seed: int) -> RunConfig:
@@ -144,6 +116,14 @@ def compare(sides: Sides, data: TrainData, prompter: Prompter) -> Comparison:
     ]
     seen = {row.tobytes() for batch in _evaluation(data) for row in batch.concept_tokens}
     return Comparison(rows, losses, cosines, len(seen), texts, (speeds[0], speeds[1]), faster)
+
+
+def peak_memory(form: Form, config: RunConfig, lm: LMConfig, data: TrainData) -> tuple[int | None, int | None]:
+    """Bytes that training takes, ours and the baseline's, each in a process of its own (`speed.alone`)."""
+    batches = [next(data.batches) for _ in range(MEASURED)]
+    ours = alone(ours_alone, config, lm, batches)
+    theirs = alone(baseline_alone, form, config, lm, batches, torch.get_default_device().type)
+    return ours.memory, theirs.memory
 
 
 def same_batch(batch: SteeringBatch) -> Batch:
@@ -278,107 +258,7 @@ def run_comparison(form: Form, steps: int, seed: int, out: Path) -> bool:
     sides = make_sides(config, lm, form)
     with console.status("comparing"):
         found = compare(sides, data, prompter)
-    write_report(form, sides, found, out)
+        found = found._replace(memory=peak_memory(form, config, lm.config, data))
+    write_report(form, config, lm.config, found, out)
     console.print(Markdown((out / f"{form}.md").read_text()))
     return found.agrees
-
-
-def write_report(form: Form, sides: Sides, found: Comparison, out: Path) -> None:
-    """FORM.md, FORM.png and FORM.json in a folder that exists."""
-    _plot(found, form, out / f"{form}.png")
-    text = _markdown(form, sides, found)
-    (out / f"{form}.md").write_text(text, encoding="utf-8")
-    values = found._asdict() | {
-        "form": form,
-        "agrees": found.agrees,
-        "rows": [row._asdict() | {"agrees": row.agrees} for row in found.rows],
-        "texts": [each._asdict() for each in found.texts],
-        "speeds": {name: each._asdict() for name, each in zip(("jax", "pytorch"), found.speeds, strict=True)},
-        "config": to_dict(sides.config),
-        "lm": dataclasses.asdict(sides.lm.config),
-        "machine": machine(),
-    }
-    (out / f"{form}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _markdown(form: Form, sides: Sides, found: Comparison) -> str:
-    lm, hypernet, train = sides.lm.config, sides.config.hypernet, sides.config.train
-    verdict = "Everything agrees." if found.agrees else "**Some numbers differ; see the first table.**"
-    own = "the base LM's table" if hypernet.embedding == "shared" else "its own table"
-    lines = [
-        f"# JAX against the PyTorch baseline, form `{form}`",
-        "",
-        verdict,
-        "",
-        f"Base LM {sides.config.lm}: {lm.layers} blocks, width {lm.width}, vocabulary {lm.vocab}, steered at layer "
-        f"{sides.config.steering.layers[0]}. Hypernetwork: {hypernet.blocks} blocks of the same sizes, {own}, padded "
-        f"positions. Batch {train.batch}, learning rate {train.learning_rate:g} falling to 0, clip {train.clip:g}, "
-        f"seed {train.seed}; float32 throughout, same first weights, same batches in the same order.",
-        "",
-        "| what | largest relative error | allowed | |",
-        "| --- | ---: | ---: | --- |",
-    ]
-    for row in found.rows:
-        lines.append(
-            f"| {row.name} | {row.error:.1e} | {row.allowed:.0e} | {'agrees' if row.agrees else '**DIFFERS**'} |"
-        )
-    low, mean = min(found.cosines), float(np.mean(found.cosines))
-    lines += [
-        "",
-        f"Cosine of the two vectors after training, over {len(found.cosines)} rows with {found.concepts} steering "
-        f"prompts: lowest {low:.7f}, mean {mean:.7f}.",
-        "",
-        f"![loss curves]({form}.png)",
-        "",
-        "## Greedy texts at factor 1",
-        "",
-        "| steering prompt | prompt | JAX | PyTorch | |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for text in found.texts:
-        same = "identical" if text.differs is None else f"token {text.differs} differs"
-        cells = (" ".join(cell.split()).replace("|", "\\|") for cell in text[:4])
-        lines.append(f"| {' | '.join(cells)} | {same} |")
-    lines += [
-        "",
-        "## Speed",
-        "",
-        "| | seconds per step | fastest to slowest | examples/s | response tokens/s |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, speed in zip(("JAX", "PyTorch"), found.speeds, strict=True):
-        lines.append(
-            f"| {name} | {speed.median:.3f} | {min(speed.seconds):.3f} to {max(speed.seconds):.3f} "
-            f"| {speed.rows / speed.median:.1f} | {speed.tokens / speed.median:.0f} |"
-        )
-    lines += [
-        "",
-        f"The baseline takes {found.faster:.1f} times as long: median over {len(found.speeds[0].seconds)} batches of "
-        "the same rows, stepped on in turns by both sides, warm; ours padded to its bucket, the baseline's to its "
-        "longest row. Models this small measure overhead as much as arithmetic.",
-        "",
-        "; ".join(f"{name} {value}" for name, value in machine().items()) + ".",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _plot(found: Comparison, form: str, path: Path) -> None:
-    """Loss curves of both sides over each other, and their relative difference below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    ours, theirs = np.array(found.losses).T
-    steps = np.arange(1, len(ours) + 1)
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    top.plot(steps, ours, color="#56b4e9", linewidth=5, label="JAX")
-    top.plot(steps, theirs, color="#222222", linewidth=1.2, linestyle="--", label="PyTorch")
-    top.set(title=f"Loss from the same start on the same batches, form {form}", ylabel="nats per response token")
-    top.legend(frameon=False)
-    below.semilogy(steps, np.maximum(np.abs(ours - theirs) / theirs, 1e-9), ".", color="#d55e00", markersize=4)
-    below.set(xlabel="step", ylabel="relative\ndifference")
-    for axis in (top, below):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)

@@ -45,7 +45,7 @@ def compared(form: str, out: Path, wrong: float = 0.0) -> tuple[bool, dict]:
     sides = compare.make_sides(config, LM, form)
     sides.baseline.hypernet.regression_head.weight.data[0, 0] += wrong
     found = compare.compare(sides, TrainData(ROWS, None, iter([BATCH] * 3), {"held-in": [BATCH]}), Words())
-    compare.write_report(form, sides, found, out)
+    compare.write_report(form, config, LM.config, found._replace(memory=(2_500_000, None)), out)
     return found.agrees, json.loads((out / f"{form}.json").read_text())
 
 
@@ -62,6 +62,9 @@ def test_agreement_and_three_files(form: str, tmp_path: Path) -> None:
     text = (tmp_path / f"{form}.md").read_text()
     assert "Everything agrees." in text
     assert "1.0000000" in text
+    assert "| 2.5 MB |" in text
+    assert "| not measured |" in text
+    assert values["speeds"]["pytorch"]["flops"] > values["speeds"]["jax"]["flops"] > 1e6
     assert "DIFFERS" not in text
 
 
