@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from jax import Array
 
+<<<<<<< HEAD
 from hypersteer_jax.config import HypernetConfig, RunConfig, SelectionConfig, SteeringConfig
+=======
+from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig, TrainConfig
+>>>>>>> w-oracle
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket, collate
 from hypersteer_jax.models import attention
@@ -163,6 +167,63 @@ def test_row_does_not_depend_on_its_neighbours() -> None:
     before, after = (np.asarray(logits(NET, BASE, batch, config=ONE)) for batch in (BATCH, other))
     np.testing.assert_array_equal(before[0], after[0])
     assert np.abs(before - after)[1:].max(axis=(1, 2)).min() > 0.1
+
+
+PAIRS = np.array([[0, 2], [3, 1]])  # sequences of two rows
+PAIR_ROWS = random_rows((6, 8, 5, 7), (16, 12, 9, 13), (3, 8, 5, 6), factors=(1.0, -0.7, 1.6, 0.5))
+PACKED = collate(PAIR_ROWS, PAIRS, Bucket(tokens=32, context=8, response=16, concept=8, rows=2))
+UNPACKED = collate(PAIR_ROWS, PAIRS.reshape(4, 1), Bucket(tokens=16, context=8, response=16, concept=8))
+
+
+def of_rows(batch: SteeringBatch, values: Array) -> list[np.ndarray]:
+    """What belongs to the response of each row, from `[S, R, ...]`: a row's come together, its sequence's in order."""
+    ends = np.cumsum([PAIR_ROWS.lengths[row] - PAIR_ROWS.prompt_lengths[row] for row in batch.row])
+    return np.split(np.asarray(values)[batch.response_mask], ends[:-1])
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [("no_context", ONE), ("cross_attention", SteeringConfig((0, 2), context="leaving"))],
+    ids=["no_context", "cross_attention, leaving, two layers"],
+)
+def test_rows_of_one_sequence_are_steered_as_if_alone(variant: str, config: SteeringConfig) -> None:
+    net = NETS[variant]
+    one, two = (vectors(net, BASE, batch, config) for batch in (PACKED, UNPACKED))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    one, two = (of_rows(batch, logits(net, BASE, batch, config=config)) for batch in (PACKED, UNPACKED))
+    for row, (packed, alone) in enumerate(zip(one, two, strict=True)):
+        np.testing.assert_allclose(packed, alone, atol=2e-5, err_msg=f"row {row}")
+
+
+@pytest.mark.parametrize("mean", ["token", "example"])
+def test_rows_of_one_sequence_give_the_loss_and_gradient_of_rows_alone(mean: str) -> None:
+    config = RunConfig(hypernet=NET.config, steering=ONE, train=TrainConfig(loss=mean))
+    (one, count), packed = loss_and_gradient(NET, BASE, PACKED, config=config)
+    (two, expected), alone = loss_and_gradient(NET, BASE, UNPACKED, config=config)
+    assert int(count) == int(expected)
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+    for left, right in zip(jax.tree.leaves(packed), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * float(jnp.abs(right).max()))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_row_does_not_depend_on_the_row_it_shares_a_sequence_with(place: int) -> None:
+    changed = np.arange(4) % 2 != place
+    other = PACKED._replace(
+        tokens=np.where(PACKED.segments == 2 - place, 96 - PACKED.tokens, PACKED.tokens),
+        concept_tokens=np.where(changed[:, None], 96 - PACKED.concept_tokens, PACKED.concept_tokens),
+        factor=np.where(changed, 3 * PACKED.factor, PACKED.factor),
+    )
+    assert (other.tokens != PACKED.tokens).sum() > 15
+    one, two = (np.asarray(vectors(NET, BASE, batch, ONE)) for batch in (PACKED, other))
+    np.testing.assert_array_equal(one[~changed], two[~changed])
+    assert np.abs(one - two)[changed].max(axis=1).min() > 0.01
+    before, after = (of_rows(batch, logits(NET, BASE, batch, config=ONE)) for batch in (PACKED, other))
+    for row in range(4):
+        if changed[row]:
+            assert np.abs(before[row] - after[row]).max() > 0.1
+        else:
+            np.testing.assert_array_equal(before[row], after[row])
 
 
 def test_padding_changes_nothing_in_true_positions() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SelectionConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
-from hypersteer_jax.data.pipeline import BatchSource, collate, evaluation_batches, iterator, make_layout
+from hypersteer_jax.data.pipeline import BatchSource, Bucket, collate, evaluation_batches, iterator, make_layout
 from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, weight_spec
 from hypersteer_jax.training.activations import open_cache
@@ -216,16 +216,32 @@ def test_learned_temperature_has_its_own_rate() -> None:
     assert moves[1][0] < 0.6 * 0.03
 
 
-@pytest.mark.parametrize("selection", [SelectionConfig(), HEAD], ids=["plain", "selection"])
-def test_eight_devices_do_what_one_does(selection: SelectionConfig) -> None:
-    config = dataclasses.replace(ONE_BATCH, selection=selection)
-    start, step_fn = jax.jit(partial(init_state, config))(LM), jax.jit(partial(train_step, config=config))
-    alone, told = step_fn(start, LM, BATCH)
+PAIRS = np.arange(16).reshape(8, 2)
+PACKED = collate(ROWS, PAIRS, Bucket(tokens=32, context=8, response=24, concept=8, rows=2))
+MANY_ROWS = dataclasses.replace(ROWS, concepts=ROWS.concepts[:5] * 3 + ROWS.concepts[:1], context=False)
+SHARED = collate(MANY_ROWS, PAIRS, Bucket(tokens=32, context=8, response=24, concept=8, rows=2))
+
+
+@pytest.mark.parametrize(
+    ("variant", "batch", "selection"),
+    [
+        ("cross_attention", BATCH, SelectionConfig()),
+        ("cross_attention", PACKED, HEAD),
+        ("no_context", SHARED, SelectionConfig()),
+    ],
+    ids=["rows alone", "packed, selection", "packed, shared steering prompts"],
+)
+def test_eight_devices_do_what_one_does(variant: str, batch: SteeringBatch, selection: SelectionConfig) -> None:
+    assert (len(batch.concept_tokens) < len(batch.factor)) == (variant == "no_context")
+    config = dataclasses.replace(ONE_BATCH, hypernet=HypernetConfig(variant, blocks=1), selection=selection)
+    step = jax.jit(partial(train_step, config=config))
+    start = jax.jit(partial(init_state, config))(LM)
+    alone, told = step(start, LM, batch)
     mesh = make_mesh(data=2, fsdp=4)
     with jax.set_mesh(mesh):
-        state, lm, batch = shard_weights(start, mesh), shard_weights(LM, mesh), shard_batch(BATCH, mesh)
-        assert batch.tokens.addressable_shards[0].data.shape[0] == 1
-        together, metrics = step_fn(state, lm, batch)
+        state, lm, shards = shard_weights(start, mesh), shard_weights(LM, mesh), shard_batch(batch, mesh)
+        assert shards.tokens.addressable_shards[0].data.shape[0] == 1
+        together, metrics = step(state, lm, shards)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(float(metrics[name]), float(told[name]), rtol=1e-5)
     assert int(metrics["tokens"]) == int(told["tokens"])
@@ -319,6 +335,25 @@ def test_interrupted_run_goes_on_bitwise(whole: Run, tmp_path: Path) -> None:
         if "evaluation" in row:
             row["evaluation"] = {}  # of the run that was not interrupted only, as is its compilation
     assert metrics_of(config.out) == expected
+
+
+def test_step_is_traced_once_for_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows([4, 5, 6, 7] * 6, [9, 16, 22, 30] * 6, [3, 5, 12, 6] * 6)
+    settings = DataConfig(buckets=3)
+    layout = make_layout(rows, settings, seed=0)
+    source, steps = BatchSource(rows, layout, 2, seed=0), 12  # two epochs
+    used = {tuple(leaf.shape for leaf in jax.tree.leaves(source[index])) for index in range(steps)}
+    traced = []
+
+    def counted(state: Any, lm: Any, batch: SteeringBatch, config: Any) -> Any:
+        traced.append(tuple(leaf.shape for leaf in jax.tree.leaves(batch)))
+        return train_step(state, lm, batch, config)
+
+    monkeypatch.setattr("hypersteer_jax.training.train.train_step", counted)
+    config = dataclasses.replace(having(CONFIG, steps=steps, eval_every=0, save_every=0), out=tmp_path / "run")
+    train(config, LM, TrainData(iterator(rows, layout, 4, seed=0), {}))
+    assert len(used) > 1
+    assert sorted(traced) == sorted(used)
 
 
 def test_folder_that_holds_a_run_is_refused(whole: Run) -> None:
