@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-<<<<<<< HEAD
-from hypersteer_jax.config import HypernetConfig, RunConfig, SelectionConfig, SteeringConfig
-=======
-from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig, TrainConfig
->>>>>>> w-oracle
+from hypersteer_jax.config import HypernetConfig, RunConfig, SelectionConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket, collate
 from hypersteer_jax.models import attention

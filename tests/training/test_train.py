@@ -345,13 +345,13 @@ def test_step_is_traced_once_for_each_shape(tmp_path: Path, monkeypatch: pytest.
     used = {tuple(leaf.shape for leaf in jax.tree.leaves(source[index])) for index in range(steps)}
     traced = []
 
-    def counted(state: Any, lm: Any, batch: SteeringBatch, config: Any) -> Any:
+    def counted(state: Any, lm: Any, batch: SteeringBatch, config: Any, residual: Any) -> Any:
         traced.append(tuple(leaf.shape for leaf in jax.tree.leaves(batch)))
-        return train_step(state, lm, batch, config)
+        return train_step(state, lm, batch, config, residual)
 
     monkeypatch.setattr("hypersteer_jax.training.train.train_step", counted)
     config = dataclasses.replace(having(CONFIG, steps=steps, eval_every=0, save_every=0), out=tmp_path / "run")
-    train(config, LM, TrainData(iterator(rows, layout, 4, seed=0), {}))
+    train(config, LM, TrainData(rows, layout, iterator(rows, layout, 4, seed=0), {}))
     assert len(used) > 1
     assert sorted(traced) == sorted(used)
 
