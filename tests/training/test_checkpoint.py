@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SteeringConfig, TrainConfig
-from hypersteer_jax.data.pipeline import iterator
+from hypersteer_jax.data.pipeline import iterator, make_layout
 from hypersteer_jax.sharding import make_mesh, weight_spec
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.checkpoint import (
@@ -44,7 +44,7 @@ def state() -> TrainState:
 
 
 def batches():
-    return iterator(ROWS, DataConfig(buckets=1), 2, seed=3)
+    return iterator(ROWS, make_layout(ROWS, DataConfig(buckets=1), seed=3), 2, seed=3)
 
 
 def saved(folder: Path, state: TrainState, steps: list[int]) -> None:
