@@ -43,7 +43,7 @@ TORCH = [
 
 TEST = [
     "pytest>=9,<10",  # settings in pyproject.toml are written for 9
-    "pytest-xdist>=3.8,<4",  # optional: pytest -n 2
+    "pytest-xdist>=3.8,<4",  # pyproject.toml asks for two processes; 3.8 is the version tried
     "ruff>=0.17.6,<0.18",  # format and rules change with the minor
     "mypy>=2.4,<2.5",  # a new minor finds new errors
 ]
