@@ -81,7 +81,7 @@ def convert(
     lm: str | None = None,
     layer: int = 20,
 ) -> None:
-    """Convert a checkpoint of a PyTorch release to a run, or a run to an AxBench release; SOURCE tells which.
+    """Convert a checkpoint of a PyTorch release to a run, or a run to a release's checkpoint; SOURCE tells which.
 
     Args:
         source: an AxBench release directory, a HyperStuff run, or a run of ours.

@@ -91,6 +91,22 @@ class SteeringConfig:
 
 
 @dataclass(frozen=True)
+class SelectionConfig:
+    """The selection head: a gate on the vector at each token (HyperStuff release, whose defaults these are)."""
+
+    on: bool = False  # off is the paper's method
+    layer_norm: bool = True  # LayerNorm over residual and vector before the projection
+    noise: bool = True  # logistic noise on the logit, in training only
+    temperature_start: float = 1.0  # divides the logit
+    temperature_end: float = 0.05  # reached linearly with the last step
+    learnable_temperature: bool = False  # trained between these two instead, from the start
+    temperature_learning_rate: float = 0.1  # under the schedule of `train`
+    straight_through: bool = False  # gates of 0 and 1, with the gradient of the soft gate
+    sparsity: float = 1e-3  # coefficient of the mean gate in the loss
+    hard_inference: bool = False  # gates of 0 and 1 at inference
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What to train on and how rows become batches."""
 
@@ -142,6 +158,7 @@ class RunConfig:
     out: Path = Path("runs/default")
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -239,6 +256,7 @@ def check(config: RunConfig, lm: LMConfig) -> None:
             raise ConfigError(f"hypernet.{name} is {value}; give at least 1")
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"hypernet.heads is {shape.heads}; give a multiple of the {shape.kv_heads} key/value heads")
+    _check_selection(config.selection)
     positive = {
         "train.steps": train.steps,
         "train.batch": train.batch,
@@ -260,6 +278,23 @@ def check(config: RunConfig, lm: LMConfig) -> None:
         raise ConfigError(f"train.warmup is {train.warmup}; give 0 to {train.steps - 1} (below train.steps)")
     if train.factor_range is not None and train.factor_range[0] > train.factor_range[1]:
         raise ConfigError(f"train.factor_range is {train.factor_range}; give the lower end first")
+
+
+def _check_selection(selection: SelectionConfig) -> None:
+    if not selection.on:
+        for name, value in dataclasses.asdict(selection).items():
+            if value != getattr(SelectionConfig, name):
+                raise ConfigError(f"selection.{name} is {value}, but there is no head; set selection.on to True")
+    for name in ("temperature_end", "temperature_learning_rate"):
+        if not getattr(selection, name) > 0:
+            raise ConfigError(f"selection.{name} is {getattr(selection, name)}; give a value above 0")
+    if not selection.temperature_start >= selection.temperature_end:
+        raise ConfigError(
+            f"selection.temperature_start is {selection.temperature_start}; give at least the end's, "
+            f"{selection.temperature_end}"
+        )
+    if not selection.sparsity >= 0:
+        raise ConfigError(f"selection.sparsity is {selection.sparsity}; give 0 (off) or a value above 0")
 
 
 GEMMA2_2B = RunConfig(

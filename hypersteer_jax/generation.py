@@ -1,7 +1,8 @@
 """Generation: prefill and cached decoding of the steered base LM, under one jit.
 
 A batch mixes concepts and factors freely: each row has its own vector and factor, and factor 0 is the base LM. The
-vector of a row is computed once, from its steering prompt and base prompt, and serves every generated token (release).
+vector of a row is computed once, from its steering prompt and base prompt, and serves every generated token (release);
+a selection head gates it at each token, of the prompt or new.
 
 Letters: B batch, T prompt length, P steering-prompt length, D width, N new tokens, V vocabulary.
 """
@@ -20,6 +21,7 @@ from hypersteer_jax.config import RunConfig, SteeringConfig
 from hypersteer_jax.data.prompts import Prompter
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, KVCache, empty_cache, reserve
+from hypersteer_jax.models.selection import Selection
 from hypersteer_jax.steering import lower_blocks, read_context, steer, upper_pass
 
 MULTIPLE = 8  # prompt lengths are rounded up to it, so that few shapes are compiled
@@ -117,7 +119,9 @@ def _complete(
 ) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
     context = read_context(lm, tokens, mask, config)
     vector = hypernet(concept_tokens, concept_mask, context, mask, lm.embedding[...])
-    return decode(lm, tokens, mask, where, vector, factor, seeds, config, max_new, temperature, end_id)
+    return decode(
+        lm, tokens, mask, where, vector, factor, seeds, config, max_new, temperature, end_id, hypernet.selection
+    )
 
 
 def decode(
@@ -132,6 +136,7 @@ def decode(
     max_new: int,
     temperature: float,
     end_id: int,
+    selection: Selection | None = None,
 ) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
     """Generates up to `max_new` tokens per row; stops early when every row has ended.
 
@@ -147,6 +152,7 @@ def decode(
         max_new: N.
         temperature: 0 takes the most likely token.
         end_id: token that ends a row; it is not part of the text.
+        selection: gates the vector, if there is such a head.
 
     Returns:
         The new tokens, and which of them come before the end.
@@ -161,7 +167,7 @@ def decode(
         return jax.vmap(jax.random.categorical)(now, logits / temperature).astype(jnp.int32)
 
     cache = empty_cache(lm.config, batch, length + max_new, lm.embedding[...].dtype)
-    logits, cache = _forward(lm, cache, tokens, mask, where, vector, factor, config)
+    logits, cache = _forward(lm, cache, tokens, mask, where, vector, factor, config, selection)
     token = pick(logits, jnp.zeros((), jnp.int32))
     new = jnp.zeros((batch, max_new), jnp.int32)
     kept = jnp.zeros((batch, max_new), bool)
@@ -175,7 +181,7 @@ def decode(
         new = new.at[:, index].set(token)
         kept = kept.at[:, index].set(alive)
         one = alive[:, None]
-        logits, cache = _forward(lm, cache, token[:, None], one, one, vector, factor, config)
+        logits, cache = _forward(lm, cache, token[:, None], one, one, vector, factor, config, selection)
         token = pick(logits, index + 1)
         return index + 1, token, alive & (token != end_id), cache, new, kept
 
@@ -193,6 +199,7 @@ def _forward(
     vector: Float[Array, "B D"],
     factor: Float[Array, " B"],
     config: SteeringConfig,
+    selection: Selection | None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Logits behind the last column, and the cache with these tokens in it."""
     cache, positions = reserve(cache, mask)
@@ -204,8 +211,9 @@ def _forward(
 
     residual = run(lm.embed(tokens), 0, lower_blocks(config))
 
-    def add(x: Array) -> Array:
-        return steer(x, vector, factor, where)
+    def add(x: Array, layer: int) -> tuple[Array, Array]:
+        gate = where if selection is None else where * selection(x, vector, layer)
+        return steer(x, vector, factor, gate), gate
 
-    residual = upper_pass(run, add, residual, lm.config.layers, config)
+    residual, _ = upper_pass(run, add, residual, lm.config.layers, config)
     return lm.unembed(residual[:, -1]), cache

@@ -26,18 +26,21 @@ from hypersteer_jax.models.lm import LM, ranks
 from hypersteer_jax.sharding import batch_spec, regroup
 
 Run = Callable[[Array, int, int], Array]  # (residual, start, stop) -> residual
-Add = Callable[[Array], Array]  # residual -> steered residual
+Add = Callable[[Array, int], tuple[Array, Array]]  # (residual, layer) -> steered residual, gate of each token
 
 
 def steer(
-    residual: Float[Array, "B T D"], vector: Float[Array, "B D"], factor: Float[Array, " B"], where: Bool[Array, "B T"]
+    residual: Float[Array, "B T D"],
+    vector: Float[Array, "B D"],
+    factor: Float[Array, " B"],
+    gate: Bool[Array, "B T"] | Float[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """The residual with `factor * vector` added at the positions where `where` is True (paper, eq. 1).
+    """The residual with `gate * factor * vector` added (paper, eq. 1, where the gate is True or False).
 
-    The factor has no default: a factor that is forgotten must not pass silently as 1. At factor 0, and at positions
-    outside `where`, the residual is unchanged to the bit.
+    The factor has no default: a factor that is forgotten must not pass silently as 1. At factor 0, and where the gate
+    is 0 or False, the residual is unchanged to the bit.
     """
-    added = factor[:, None, None] * vector[:, None, :] * where[:, :, None]
+    added = factor[:, None, None] * vector[:, None, :] * gate[:, :, None]
     return residual + added.astype(residual.dtype)
 
 
@@ -46,13 +49,16 @@ def lower_blocks(config: SteeringConfig) -> int:
     return config.layers[0] + (config.context == "leaving")
 
 
-def upper_pass(run: Run, add: Add, residual: Array, layers: int, config: SteeringConfig) -> Float[Array, "B T D"]:
-    """From the context's residual to the last block's; `add` steers the output of each steered block."""
-    at = lower_blocks(config)
+def upper_pass(
+    run: Run, add: Add, residual: Array, layers: int, config: SteeringConfig
+) -> tuple[Float[Array, "B T D"], list[Array]]:
+    """From the context's residual to the last block's; `add` steers the output of each steered block, by its gates."""
+    at, gates = lower_blocks(config), []
     for layer in config.layers:
-        residual = add(run(residual, at, layer + 1))
+        residual, gate = add(run(residual, at, layer + 1), layer)
+        gates.append(gate)
         at = layer + 1
-    return run(residual, at, layers)
+    return run(residual, at, layers), gates
 
 
 def read_context(
@@ -94,8 +100,9 @@ def steered_residual(
     remat: bool = False,
     residual: Float[Array, "S T D"] | None = None,
     attention: AttentionName = "einsum",
-) -> Float[Array, "S R D"]:
-    """Last residual at the positions that predict the response tokens, under steering.
+    key: Array | None = None,
+) -> tuple[Float[Array, "S R D"], list[Array]]:
+    """Last residual at the positions that predict the response tokens, under steering; gates `[S, T]` of each layer.
 
     Args:
         hypernet: the trained network; gradients are taken with respect to it.
@@ -105,28 +112,35 @@ def steered_residual(
         remat: recompute block activations in the backward pass.
         residual: what `read_context` gives for this batch, if it is known already.
         attention: how both networks compute their self-attention (see `models/attention.py`).
+        key: in training, of a selection head's noise; without it such a head does as at inference.
     """
     if residual is None:
         residual = read_context(lm, batch.tokens, batch.segments, config, attention)
     sequences = len(residual)
     vector = write_vectors(hypernet, lm, batch, residual, remat, attention)
     vector = regroup(vector, sequences, -1, residual.shape[-1])
-    factor, positions = regroup(batch.factor, sequences, -1), ranks(batch.segments)
+    factor, positions, head = regroup(batch.factor, sequences, -1), ranks(batch.segments), hypernet.selection
 
     def run(x: Array, start: int, stop: int) -> Array:
         return lm.run(x, positions, batch.segments, start, stop, remat, attention)
 
-    def add(x: Array) -> Array:
+    def add(x: Array, layer: int) -> tuple[Array, Array]:
+        gates = jnp.zeros_like(batch.steer_mask)
         for row in range(factor.shape[1]):
-            x = steer(x, vector[:, row], factor[:, row], batch.steer_mask & (batch.segments == row + 1))
-        return x
+            own = batch.steer_mask & (batch.segments == row + 1)
+            gate = own if head is None else own * head(x, vector[:, row], layer, key)
+            x = steer(x, vector[:, row], factor[:, row], gate)
+            gates = jnp.where(own, gate, gates)
+        return x, gates
 
-    return _at(upper_pass(run, add, residual, lm.config.layers, config), batch.response_index)
+    residual, gates = upper_pass(run, add, residual, lm.config.layers, config)
+    return _at(residual, batch.response_index), gates
 
 
 def steered_logits(hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: SteeringConfig) -> Float[Array, "S R V"]:
     """Logits that predict the response tokens, float32; training never holds them whole (`loss.response_loss`)."""
-    return lm.unembed(steered_residual(hypernet, lm, batch, config))
+    residual, _ = steered_residual(hypernet, lm, batch, config)
+    return lm.unembed(residual)
 
 
 def _at(residual: Float[Array, "S T D"], columns: Int[Array, "S N"]) -> Float[Array, "S N D"]:

@@ -8,8 +8,14 @@ import pytest
 
 # Before jax is imported: it reads both once. Meshes of up to eight devices are tested without an accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little, so the compiler's last stage works without optimisations: half the time.
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+# Tests compile much and compute little, so the compiler's last stage works without optimisations: half the time. AVX is
+# the last instruction set that rounds a product before it is added to something: with a later one, bits depend on which
+# products and sums the compiler happens to put together (tests/oracle.py).
+for flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_max_isa=AVX",
+):
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch of the parity tests: on tiny models more threads only wait
@@ -43,22 +49,25 @@ def splash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "make_splash_mha", partial(attention.make_splash_mha, interpret=True))
 
 
-def random_hypernet(config, lm_config, seed: int = 1):
+def random_hypernet(config, lm_config, seed: int = 1, selection=None):
     """A hypernetwork whose every weight is random: norms, biases and zero starts, too."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
 
-    from hypersteer_jax.models.hypernet import Hypernet
+    from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        is_norm = any(word in jax.tree_util.keystr(path) for word in ("norm", "pre_", "post_"))
+        name = jax.tree_util.keystr(path)
+        if "temperature" in name:
+            return jnp.asarray(rng.uniform(0.3, 0.6), jnp.float32)
+        is_norm = any(word in name for word in ("norm", "pre_", "post_"))
         return jnp.asarray(is_norm * (1 - lm_config.norm_offset) + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
 
-    shapes = jax.eval_shape(lambda: Hypernet(config, lm_config, nnx.Rngs(0)))
+    shapes = jax.eval_shape(lambda: Hypernet(config, lm_config, nnx.Rngs(0), selection or NO_SELECTION))
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 

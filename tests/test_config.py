@@ -15,6 +15,7 @@ from hypersteer_jax.config import (
     HypernetConfig,
     LMConfig,
     RunConfig,
+    SelectionConfig,
     SteeringConfig,
     TrainConfig,
     check,
@@ -26,6 +27,7 @@ from tests.models.tiny import CONFIGS
 
 TINY = CONFIGS["llama"]  # four blocks, and a `rope_scaling`
 OWN_SIZES = partial(HypernetConfig, blocks=2, init="random")
+HEAD = partial(SelectionConfig, on=True)
 GOOD = RunConfig(hypernet=HypernetConfig(blocks=2), steering=SteeringConfig(layers=(1,)))
 
 
@@ -54,12 +56,14 @@ def test_every_field_survives() -> None:
             "in_context", 7, "random", "zero", "shared", "mlp", True, True, "padded", 6, 3, 40, 0.1
         ),
         steering=SteeringConfig((1, 5), "leaving", "response", "after_prefix"),
-        data=DataConfig("x.jsonl", 3, 8, 100, 50, 20, 2, True, True),
+        selection=SelectionConfig(True, False, False, 0.9, 0.1, True, 0.2, True, 0.3, True),
+        data=DataConfig("x.jsonl", 3, 8, 100, 50, 20, False, 2, True, True),
         train=TrainConfig(
-            5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32", 7, 8, 9, True, "splash"
+            *(5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32"),
+            *(7, 8, 0.5, 9, True, "disk", Path("c"), "splash"),
         ),
     )
-    for part in (config, config.hypernet, config.steering, config.data, config.train):
+    for part in (config, config.hypernet, config.steering, config.selection, config.data, config.train):
         for field in dataclasses.fields(part):  # else a field could be lost without a difference
             if field.default is not dataclasses.MISSING:
                 assert getattr(part, field.name) != field.default, field.name
@@ -82,7 +86,7 @@ def test_missing_keys_are_defaults_and_integers_serve_as_floats() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"step": 3}, r"config: unknown key step; RunConfig has lm, out, hypernet, steering, data, train"),
+        ({"step": 3}, r"config: unknown key step; RunConfig has lm, out, hypernet, steering, selection, data, train"),
         ({"train": {"stepz": 3, "lr": 1}}, r"config\.train: unknown key lr, stepz; TrainConfig has steps, batch"),
         ({"train": {"steps": "10"}}, r"config\.train\.steps is '10'; give a value of type int"),
         ({"train": {"steps": 10.0}}, r"config\.train\.steps is 10\.0; give a value of type int"),
@@ -145,6 +149,13 @@ def test_where_stands_in_front_of_the_message() -> None:
         ("train.warmup", 1000, r"train\.warmup is 1000; give 0 to 999 \(below train\.steps\)"),
         ("train.warmup", -1, r"train\.warmup is -1; give 0 to 999"),
         ("train.factor_range", (2.0, 1.0), r"train\.factor_range is \(2\.0, 1\.0\); give the lower end first"),
+        ("selection.sparsity", 0.3, r"selection\.sparsity is 0\.3, but there is no head; set selection\.on to True"),
+        ("selection.hard_inference", True, r"selection\.hard_inference is True, but there is no head"),
+        ("selection", HEAD(temperature_end=0.0), r"selection\.temperature_end is 0\.0; give a value above 0"),
+        ("selection", HEAD(temperature_learning_rate=0.0), r"selection\.temperature_learning_rate is 0\.0; give a v"),
+        ("selection", HEAD(temperature_start=0.04), r"selection\.temperature_start is 0\.04; give at least .* 0\.05"),
+        ("selection", HEAD(temperature_start=float("nan")), r"selection\.temperature_start is nan; give at least"),
+        ("selection", HEAD(sparsity=-0.1), r"selection\.sparsity is -0\.1; give 0 \(off\) or a value above 0"),
     ],
 )
 def test_check_names_what_cannot_work(path: str, value: Any, message: str) -> None:
@@ -165,6 +176,7 @@ def test_check_names_what_cannot_work(path: str, value: Any, message: str) -> No
         ("train.eval_every", 0),
         ("train.save_every", 0),
         ("train.factor_range", (-1.0, -1.0)),
+        ("selection", HEAD(temperature_start=0.05, sparsity=0.0)),
     ],
 )
 def test_check_lets_the_edge_cases_through(path: str, value: Any) -> None:

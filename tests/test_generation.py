@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hypersteer_jax import generation
-from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig
+from hypersteer_jax.config import HypernetConfig, RunConfig, SelectionConfig, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.prompts import Prompter
 from hypersteer_jax.generation import Decoding, Request, Steered, complete, left_pad
@@ -31,12 +31,12 @@ logits = jax.jit(steered_logits, static_argnames="config")
 forward = jax.jit(LM.__call__)
 
 
-def steered(variant: str = "cross_attention", **steering: str) -> Steered:
+def steered(variant: str = "cross_attention", selection: SelectionConfig | None = None, **steering: str) -> Steered:
     net = HypernetConfig(variant, blocks=1)
     prompter = Prompter(tokenizer())
     prompter.end_id = None  # a random LM would end early; `test_end` gives it an end
     config = RunConfig(hypernet=net, steering=SteeringConfig(layers=(1,), **steering))
-    return Steered(BASE, prompter, random_hypernet(net, BASE.config), config)
+    return Steered(BASE, prompter, random_hypernet(net, BASE.config, selection=selection), config)
 
 
 MODEL = steered()
@@ -94,8 +94,14 @@ def test_greedy_text_is_that_of_full_forward_passes(tokens: list[list[int]]) -> 
 
 
 @pytest.mark.parametrize(
-    "model", [steered("in_context"), steered(inference_positions="after_prefix", context="leaving")],
-    ids=["in_context", "after_prefix, leaving"],
+    "model",
+    [
+        steered("in_context"),
+        steered(inference_positions="after_prefix", context="leaving"),
+        steered(selection=SelectionConfig(on=True)),
+        steered(selection=SelectionConfig(on=True, hard_inference=True), inference_positions="after_prefix"),
+    ],
+    ids=["in_context", "after_prefix, leaving", "selection", "hard selection"],
 )  # fmt: skip
 def test_other_settings_too(model: Steered, tokens: list[list[int]]) -> None:
     expected = naive(model, REQUESTS)

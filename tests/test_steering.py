@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 from jax import Array
 
-from hypersteer_jax.config import HypernetConfig, RunConfig, SteeringConfig
+from hypersteer_jax.config import HypernetConfig, RunConfig, SelectionConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket, collate
 from hypersteer_jax.models import attention
-from hypersteer_jax.models.hypernet import Hypernet
+from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 from hypersteer_jax.models.lm import LM, cast, ranks
-from hypersteer_jax.steering import lower_blocks, read_context, steer, steered_logits, write_vectors
-from hypersteer_jax.training.train import batch_loss, init_state, train_step
+from hypersteer_jax.steering import (
+    lower_blocks,
+    read_context,
+    steer,
+    steered_logits,
+    steered_residual,
+    write_vectors,
+)
+from hypersteer_jax.training.train import batch_loss, init_state, objective, train_step
 from tests.conftest import random_hypernet, random_rows
 from tests.models.tiny import CONFIGS, random_lm
 
@@ -158,6 +165,63 @@ def test_row_does_not_depend_on_its_neighbours() -> None:
     assert np.abs(before - after)[1:].max(axis=(1, 2)).min() > 0.1
 
 
+PAIRS = np.array([[0, 2], [3, 1]])  # sequences of two rows
+PAIR_ROWS = random_rows((6, 8, 5, 7), (16, 12, 9, 13), (3, 8, 5, 6), factors=(1.0, -0.7, 1.6, 0.5))
+PACKED = collate(PAIR_ROWS, PAIRS, Bucket(tokens=32, context=8, response=16, concept=8, rows=2))
+UNPACKED = collate(PAIR_ROWS, PAIRS.reshape(4, 1), Bucket(tokens=16, context=8, response=16, concept=8))
+
+
+def of_rows(batch: SteeringBatch, values: Array) -> list[np.ndarray]:
+    """What belongs to the response of each row, from `[S, R, ...]`: a row's come together, its sequence's in order."""
+    ends = np.cumsum([PAIR_ROWS.lengths[row] - PAIR_ROWS.prompt_lengths[row] for row in batch.row])
+    return np.split(np.asarray(values)[batch.response_mask], ends[:-1])
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [("no_context", ONE), ("cross_attention", SteeringConfig((0, 2), context="leaving"))],
+    ids=["no_context", "cross_attention, leaving, two layers"],
+)
+def test_rows_of_one_sequence_are_steered_as_if_alone(variant: str, config: SteeringConfig) -> None:
+    net = NETS[variant]
+    one, two = (vectors(net, BASE, batch, config) for batch in (PACKED, UNPACKED))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    one, two = (of_rows(batch, logits(net, BASE, batch, config=config)) for batch in (PACKED, UNPACKED))
+    for row, (packed, alone) in enumerate(zip(one, two, strict=True)):
+        np.testing.assert_allclose(packed, alone, atol=2e-5, err_msg=f"row {row}")
+
+
+@pytest.mark.parametrize("mean", ["token", "example"])
+def test_rows_of_one_sequence_give_the_loss_and_gradient_of_rows_alone(mean: str) -> None:
+    config = RunConfig(hypernet=NET.config, steering=ONE, train=TrainConfig(loss=mean))
+    (one, count), packed = loss_and_gradient(NET, BASE, PACKED, config=config)
+    (two, expected), alone = loss_and_gradient(NET, BASE, UNPACKED, config=config)
+    assert int(count) == int(expected)
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+    for left, right in zip(jax.tree.leaves(packed), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * float(jnp.abs(right).max()))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_row_does_not_depend_on_the_row_it_shares_a_sequence_with(place: int) -> None:
+    changed = np.arange(4) % 2 != place
+    other = PACKED._replace(
+        tokens=np.where(PACKED.segments == 2 - place, 96 - PACKED.tokens, PACKED.tokens),
+        concept_tokens=np.where(changed[:, None], 96 - PACKED.concept_tokens, PACKED.concept_tokens),
+        factor=np.where(changed, 3 * PACKED.factor, PACKED.factor),
+    )
+    assert (other.tokens != PACKED.tokens).sum() > 15
+    one, two = (np.asarray(vectors(NET, BASE, batch, ONE)) for batch in (PACKED, other))
+    np.testing.assert_array_equal(one[~changed], two[~changed])
+    assert np.abs(one - two)[changed].max(axis=1).min() > 0.01
+    before, after = (of_rows(batch, logits(NET, BASE, batch, config=ONE)) for batch in (PACKED, other))
+    for row in range(4):
+        if changed[row]:
+            assert np.abs(before[row] - after[row]).max() > 0.1
+        else:
+            np.testing.assert_array_equal(before[row], after[row])
+
+
 def test_padding_changes_nothing_in_true_positions() -> None:
     scribbled = BATCH._replace(
         tokens=np.where(BATCH.mask, BATCH.tokens, 50),
@@ -219,8 +283,62 @@ def test_context_is_read_at_the_first_steered_block() -> None:
     assert [lower_blocks(CASES[name]) for name in names] == [3, 1, 2, 1]
 
 
-def run_config(net: HypernetConfig, remat: bool = False) -> RunConfig:
-    config = RunConfig(hypernet=net, steering=ONE)
+HEAD = SelectionConfig(on=True)
+GATED = random_hypernet(NET.config, BASE.config, seed=3, selection=HEAD)
+with_gates = jax.jit(steered_residual, static_argnames=("config", "remat"))
+
+
+@pytest.mark.parametrize("context", ["entering", "leaving"])
+def test_each_steered_block_is_gated_by_its_own_residual(context: str) -> None:
+    config = SteeringConfig(layers=(1, 2), context=context)
+    vector = np.asarray(vectors(GATED, BASE, BATCH, config))
+    residual, expected = np.asarray(BASE.embed(BATCH.tokens)), []
+    for block in range(BASE.config.layers):
+        residual = np.asarray(run_block(BASE, residual, block))
+        if block in config.layers:
+            expected.append(np.asarray(GATED.selection(residual, vector, block)) * BATCH.steer_mask)
+            residual = residual + BATCH.factor[:, None, None] * vector[:, None] * expected[-1][..., None]
+    _, gates = with_gates(GATED, BASE, BATCH, config)
+    np.testing.assert_allclose(np.stack(gates), np.stack(expected), atol=1e-4)
+    assert np.abs(expected[0] - expected[1])[BATCH.steer_mask].max() > 0.1
+    rows = np.stack([np.asarray(unembed(BASE, residual))[row, BATCH.response_index[row]] for row in range(3)])
+    found = np.asarray(logits(GATED, BASE, BATCH, config=config))
+    np.testing.assert_allclose(found[BATCH.response_mask], rows[BATCH.response_mask], atol=1e-4)
+
+
+def test_gates_keep_what_steering_promises() -> None:
+    """Factor 0 is the base LM to the bit, neighbours and padding are not seen, and an open gate is no gate."""
+    base = np.asarray(base_logits(BASE, EVERYWHERE))
+    silent = np.asarray(logits(GATED, BASE, EVERYWHERE._replace(factor=0 * BATCH.factor), config=ONE))
+    np.testing.assert_array_equal(silent, base)
+    before = np.asarray(logits(GATED, BASE, EVERYWHERE, config=ONE))
+    first = np.arange(3)[:, None] == 0
+    other = EVERYWHERE._replace(tokens=np.where(first & BATCH.mask, BATCH.tokens, 96 - BATCH.tokens))
+    np.testing.assert_array_equal(np.asarray(logits(GATED, BASE, other, config=ONE))[0], before[0])
+    opened = jax.tree.map(jnp.copy, GATED)
+    opened.selection.bias[...] = opened.selection.bias[...] + 100.0
+    plain = jax.tree.map(jnp.copy, GATED)
+    plain.selection = None
+    ungated = np.asarray(logits(plain, BASE, EVERYWHERE, config=ONE))
+    np.testing.assert_allclose(logits(opened, BASE, EVERYWHERE, config=ONE), ungated, atol=1e-5)
+    assert np.abs(before - ungated)[BATCH.steer_mask].max() > 0.1
+
+
+def test_rows_of_one_sequence_are_gated_as_if_alone() -> None:
+    rows = np.array([1, 2])
+    apart = collate(ROWS, rows[:, None], Bucket(tokens=16, context=8, response=16, concept=8))
+    packed = collate(ROWS, rows[None], Bucket(tokens=24, context=8, response=24, concept=8, rows=2))
+    alone, together = (with_gates(GATED, BASE, batch, ONE)[1][0] for batch in (apart, packed))
+    one, two = (np.asarray(gates)[batch.mask] for gates, batch in ((alone, apart), (together, packed)))
+    np.testing.assert_allclose(two, one, atol=1e-4)
+    config = run_config(GATED.config, selection=HEAD)
+    parts = [jax.jit(partial(objective, config=config))(GATED, BASE, batch)[1] for batch in (apart, packed)]
+    for name in ("loss", "penalty", "selected"):
+        assert float(parts[0][name]) == pytest.approx(float(parts[1][name]), rel=1e-4)
+
+
+def run_config(net: HypernetConfig, remat: bool = False, selection: SelectionConfig = NO_SELECTION) -> RunConfig:
+    config = RunConfig(hypernet=net, steering=ONE, selection=selection)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
 
 
@@ -269,6 +387,17 @@ def test_train_state_holds_nothing_of_the_base_lm() -> None:
     assert sorted(arrays, key=str) == sorted(3 * ours, key=str)  # weights and two moments, no other array
     frozen = {leaf.shape for leaf in (*jax.tree.leaves(BASE.blocks), BASE.embedding[...])}
     assert not frozen & {shape for shape, _ in shapes}
+
+
+def test_a_selection_head_is_trained_with_the_hypernetwork() -> None:
+    selection = dataclasses.replace(HEAD, noise=False, learnable_temperature=True)
+    hypernet = random_hypernet(NET.config, BASE.config, seed=3, selection=selection)
+    config = run_config(NET.config, selection=selection)
+    gradient = jax.jit(jax.grad(objective, has_aux=True), static_argnames="config")(hypernet, BASE, BATCH, config)[0]
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    still = {jax.tree_util.keystr(path) for path, leaf in leaves if not np.asarray(leaf).any()}
+    assert [name for name in still if "final_norm" not in name] == []
+    assert sum("selection" in jax.tree_util.keystr(path) for path, _ in leaves) == 5
 
 
 def test_remat_changes_neither_the_loss_nor_its_gradient() -> None:

@@ -56,7 +56,8 @@ class Prompter:
         columns = enumerate(zip(*self.prompt_tokens(PROBES), strict=False))
         first = next((column for column, (one, two) in columns if one != two), None)
         if first is None:
-            raise DataError(f"the chat template renders the prompts {PROBES} to the same tokens; check the template")
+            both = " and ".join(map(repr, PROBES))
+            raise DataError(f"the chat template renders the prompts {both} to the same tokens; check the template")
         self.prefix = first
 
     def render(self, prompt: str) -> str:

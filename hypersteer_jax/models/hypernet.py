@@ -23,10 +23,13 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hypersteer_jax.config import AttentionName, HypernetConfig, LMConfig, hypernet_shape
+from hypersteer_jax.config import AttentionName, HypernetConfig, LMConfig, SelectionConfig, hypernet_shape
 from hypersteer_jax.models.attention import Mask, rms_norm, rope, rope_frequencies, row_mask
 from hypersteer_jax.models.lm import LM, MLP, Attention, Block, cast, constant, embed, normal, ranks
+from hypersteer_jax.models.selection import Selection
 from hypersteer_jax.sharding import gather
+
+NO_SELECTION = SelectionConfig()
 
 
 class HyperBlock(Block):
@@ -53,9 +56,14 @@ class HyperBlock(Block):
 
 
 class Hypernet(nnx.Module):
-    """Steering prompt (and context) to steering vector. Weights are float32; `__call__` computes in any dtype."""
+    """Steering prompt (and context) to steering vector. Weights are float32; `__call__` computes in any dtype.
 
-    def __init__(self, config: HypernetConfig, lm_config: LMConfig, rngs: nnx.Rngs):
+    All that is trained is here, so `selection`, the head that gates the vector where it is added, is too (or is None).
+    """
+
+    def __init__(
+        self, config: HypernetConfig, lm_config: LMConfig, rngs: nnx.Rngs, selection: SelectionConfig = NO_SELECTION
+    ):
         self.config = config
         self.lm_config = lm_config = hypernet_shape(config, lm_config)
         d, cross = lm_config.width, config.variant == "cross_attention"
@@ -70,6 +78,7 @@ class Hypernet(nnx.Module):
         self.head_bias = constant(0.0, d)
         if cross and config.cross_init == "zero":
             self._silence_cross()
+        self.selection = Selection(selection, d, rngs) if selection.on else None
 
     def _silence_cross(self) -> None:
         """Makes every cross-attention sub-block add nothing, while its gradient is not zero."""
@@ -125,12 +134,15 @@ class Hypernet(nnx.Module):
         return rms_norm(x, gather(weight[...]), self.lm_config.norm_eps, self.lm_config.norm_offset)
 
 
-def init_hypernet(config: HypernetConfig, lm: LM, rngs: nnx.Rngs) -> Hypernet:
+def init_hypernet(
+    config: HypernetConfig, lm: LM, rngs: nnx.Rngs, selection: SelectionConfig = NO_SELECTION
+) -> Hypernet:
     """A new hypernetwork for `lm`: random, or with the base LM's first N blocks and embedding copied in.
 
-    Cross-attention and head are N(0, 0.02) in either case, the head's bias 0 (AxBench release).
+    Cross-attention and head are N(0, 0.02) in either case, the head's bias 0 (AxBench release). A selection head is
+    drawn last, so that all else starts as it would without it.
     """
-    hypernet = Hypernet(config, lm.config, rngs)
+    hypernet = Hypernet(config, lm.config, rngs, selection)
     if config.init == "random":
         return hypernet
     copied = jax.tree.map(lambda w: w[: config.blocks].astype(jnp.float32), lm.blocks)

@@ -1,14 +1,14 @@
 """Weights by their names elsewhere, both ways.
 
-The base LM's in Hugging Face directories (and llama2.c's, for reading), the hypernetwork's in the AxBench release. One
-table per layout names every tensor of the file, its place in the model, and how its axes lie in each:
+The base LM's in Hugging Face directories (and llama2.c's, for reading), the hypernetwork's in the releases. One table
+per layout names every tensor of the file, its place in the model, and how its axes lie in each:
 
     "self_attn.o_proj.weight": ("attention.o", "D NH -> N H D")
 
 reads "the file has [D, N*H], the model has [N, H, D]". Loading follows the table to the right, saving to the left.
 
 Letters: V vocabulary, D width, O the head's output width (= D), N query heads, K key/value heads, H head width, F MLP
-width; P pairs and R real and imaginary parts of a rotated head, H = 2P.
+width; P pairs and R real and imaginary parts of a rotated head, H = 2P; E residual and vector together, E = 2D; U = 1.
 """
 
 import json
@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from hypersteer_jax.config import HypernetConfig, LMConfig, hypernet_shape
-from hypersteer_jax.models.hypernet import Hypernet
+from hypersteer_jax.config import HypernetConfig, LMConfig, SelectionConfig, hypernet_shape
+from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.presets import from_hugging_face, from_llama2c, to_hugging_face
 from hypersteer_jax.sharding import shard_weights
@@ -38,7 +38,8 @@ from hypersteer_jax.sharding import shard_weights
 MAX_SHARD = 4_000_000_000  # bytes of one safetensors file
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-Layout = dict[str, tuple[str, str]]  # name in the file -> path in `LM`, axes there and here
+Layout = dict[str, tuple[str, str]]  # name in the file -> path in the model, axes there and here
+Form = Literal["release", "regression"]  # of a hypernetwork's file: the AxBench release's, HyperStuff's regression
 
 NORMS: dict[bool, Layout] = {  # by `sandwich_norms`: the same name stands for different norms
     False: {
@@ -101,6 +102,25 @@ RELEASE: Layout = {  # AxBench at dc57b9b, `modeling_hypernet.py`
     "regression_head.weight": ("head", "O D -> D O"),
     "regression_head.bias": ("head_bias", "O -> O"),
 }
+REGRESSION: Layout = {  # HyperStuff/hypersteer, `hypersteer_regression.py`
+    "base_model.model.embed_tokens.weight": ("embedding", "V D -> V D"),
+    "base_model.model.norm.weight": ("final_norm", "D -> D"),
+    "base_model.lm_head.weight": ("lm_head", "V D -> D V"),  # not in a hypernetwork; `models.convert` looks at it
+    "regression_head.weight": ("head", "O D -> D O"),
+    "regression_head.bias": ("head_bias", "O -> O"),
+}
+SELECTION_HEAD = "selection_head."  # HyperStuff's prefix of the head among other weights; its own file leaves it out
+SELECTION: Layout = {
+    f"{SELECTION_HEAD}proj.weight": ("selection.weight", "U E -> E U"),
+    f"{SELECTION_HEAD}proj.bias": ("selection.bias", "U -> U"),
+    f"{SELECTION_HEAD}ln.weight": ("selection.norm_weight", "E -> E"),
+    f"{SELECTION_HEAD}ln.bias": ("selection.norm_bias", "E -> E"),
+    f"{SELECTION_HEAD}_temperature": ("selection.temperature", " -> "),
+}
+HYPERNETS: dict[Form, tuple[Layout, str]] = {  # what is not in blocks, and where the blocks are
+    "release": (RELEASE | SELECTION, "layers"),
+    "regression": (REGRESSION | SELECTION, "base_model.model.layers"),
+}
 
 
 class WeightsError(ValueError):
@@ -110,13 +130,13 @@ class WeightsError(ValueError):
 class Slot(NamedTuple):
     """Where one tensor of a file belongs."""
 
-    path: str  # in `LM`
+    path: str  # in the model
     block: int | None  # its number, where the model stacks the blocks
     there: str  # axes in the file
-    here: str  # axes in `LM`, the stack left out
+    here: str  # axes in the model, the stack left out
 
     def of(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """This tensor's part of the arrays of an `LM`, a view."""
+        """This tensor's part of the arrays of the model, a view."""
         return arrays[self.path] if self.block is None else arrays[self.path][self.block]
 
 
@@ -168,22 +188,35 @@ def lm_tensors(lm: LM) -> dict[str, np.ndarray]:
 
 
 def hypernet_from_tensors(
-    config: HypernetConfig, lm: LMConfig, tensors: Mapping[str, np.ndarray], where: str = "tensors"
+    config: HypernetConfig,
+    lm: LMConfig,
+    tensors: Mapping[str, np.ndarray],
+    where: str = "tensors",
+    selection: SelectionConfig = NO_SELECTION,
+    form: Form = "release",
 ) -> Hypernet:
-    """Builds a float32 hypernetwork from tensors by their names in the AxBench release; `where` they are, for messages.
+    """Builds a float32 hypernetwork from tensors by their names in a release.
+
+    Args:
+        config: of the hypernetwork.
+        lm: shape of the base LM.
+        tensors: all weights.
+        where: they are, for messages.
+        selection: of its selection head.
+        form: whose names these are.
 
     Raises:
         WeightsError: tensors are missing, extra or misshapen: all of them are listed.
     """
     found = {name: _in_memory(tensor) for name, tensor in tensors.items()}
     shape = hypernet_shape(config, lm)
-    skeleton = Skeleton(lambda: Hypernet(config, lm, nnx.Rngs(0)), shape, config.blocks)
-    return _assemble(skeleton, _release(shape), found, jnp.float32, where, None)
+    skeleton = Skeleton(lambda: Hypernet(config, lm, nnx.Rngs(0), selection), shape, config.blocks)
+    return _assemble(skeleton, _release(shape, form), found, jnp.float32, where, None)
 
 
-def hypernet_tensors(hypernet: Hypernet) -> dict[str, np.ndarray]:
-    """All weights (or gradients) by their names in the AxBench release (views where possible)."""
-    return _tensors(hypernet, hypernet.lm_config, hypernet.config.blocks, _release(hypernet.lm_config))
+def hypernet_tensors(hypernet: Hypernet, form: Form = "release") -> dict[str, np.ndarray]:
+    """All weights (or gradients) by their names in a release (views where possible)."""
+    return _tensors(hypernet, hypernet.lm_config, hypernet.config.blocks, _release(hypernet.lm_config, form))
 
 
 def save_lm(lm: LM, path: Path, max_shard: int = MAX_SHARD) -> None:
@@ -211,7 +244,7 @@ def save_lm(lm: LM, path: Path, max_shard: int = MAX_SHARD) -> None:
 def save_tensors(tensors: Mapping[str, np.ndarray], config: dict[str, Any], path: Path, max_shard: int) -> None:
     """Writes model.safetensors, or shards of at most `max_shard` bytes and their index, and config.json.
 
-    All tensors have one dtype, which config.json names (`torch_dtype`).
+    config.json names the dtype of the first tensor (`torch_dtype`), which is that of all but a selection head's.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -224,14 +257,19 @@ def save_tensors(tensors: Mapping[str, np.ndarray], config: dict[str, Any], path
     several = len(shards) > 1
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" if several else SINGLE for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
-        whole = {name: np.ascontiguousarray(tensors[name]) for name in names}  # views would be written as they lie
-        save_file(whole, path / file, metadata={"format": "pt"})
+        write_file({name: tensors[name] for name in names}, path / file)
     if several:
         total = sum(tensor.nbytes for tensor in tensors.values())
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    [dtype] = {str(tensor.dtype) for tensor in tensors.values()}
-    _write_json(path / "config.json", config | {"torch_dtype": dtype})
+    dtype = next(iter(tensors.values())).dtype
+    _write_json(path / "config.json", config | {"torch_dtype": str(dtype)})
+
+
+def write_file(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes one safetensors file that PyTorch reads."""
+    whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # views would stay as they lie
+    save_file(whole, path, metadata={"format": "pt"})
 
 
 def resolve(name: str) -> Path:
@@ -273,7 +311,7 @@ def _assemble(
     skeleton, structure = _leaves(jax.eval_shape(module.make))  # shapes only, nothing is drawn
     slots = _slots(module.blocks, layout, set(skeleton))
     sizes = _sizes(config)
-    redundant = {name for name, (_, axes) in layout.items() if axes == "V D -> D V"}  # a tied LM's: its embedding again
+    redundant = {name for name, (_, axes) in layout.items() if axes == "V D -> D V"}  # a tied head: the embedding again
     problems = []
     for name, slot in slots.items():
         expected = _shape(slot.there, sizes)
@@ -329,8 +367,8 @@ def _hugging_face(config: LMConfig) -> Layout:
     return _whole(HUGGING_FACE, "model.layers", NORMS[config.sandwich_norms] | HUGGING_FACE_BLOCK)
 
 
-def _release(config: LMConfig) -> Layout:
-    return _whole(RELEASE, "layers", NORMS[config.sandwich_norms] | HUGGING_FACE_BLOCK | RELEASE_BLOCK)
+def _release(config: LMConfig, form: Form) -> Layout:
+    return _whole(*HYPERNETS[form], NORMS[config.sandwich_norms] | HUGGING_FACE_BLOCK | RELEASE_BLOCK)
 
 
 def _sizes(config: LMConfig) -> dict[str, int]:
@@ -345,6 +383,8 @@ def _sizes(config: LMConfig) -> dict[str, int]:
         "P": config.head_dim // 2,
         "R": 2,
         "F": config.mlp_width,
+        "E": 2 * config.width,
+        "U": 1,
     }
 
 

@@ -16,8 +16,9 @@ cross-attention queries by their index in the padded row. The loss is the token-
 optimizer is PyTorch's AdamW without weight decay, the learning rate falling linearly to zero.
 
 Left out, to the baseline's advantage: the releases' anomaly detection, cache emptying after each step, steered
-positions as Python lists, and key/value caches in the hypernetwork. Their selection head and their other variants are
-not here either. Instead of pyvene there is one forward hook; transformers is 5.x instead of 4.45.1.
+positions as Python lists, and key/value caches in the hypernetwork. Their selection head is here without its noise and
+without its annealing (`selection.py`), their other variants are not. Instead of pyvene there is one forward hook;
+transformers is 5.x instead of 4.45.1.
 
 Weights and batches come from outside: `hypernet.load_hypernet` takes the tensors that
 `hypersteer_jax.models.weights.hypernet_tensors` gives, `steering.release_batch` takes a `SteeringBatch`. Everything is

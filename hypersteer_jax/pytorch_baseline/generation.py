@@ -41,7 +41,8 @@ def greedy(
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new:
         row, where = torch.tensor([tokens]), torch.arange(prefix, len(tokens))[None]
-        with steered(baseline.lm.model.layers[baseline.layer], vector, batch.factor, where):
+        block, head = baseline.lm.model.layers[baseline.layer], baseline.hypernet.selection_head
+        with steered(block, vector, batch.factor, where, head):
             token = int(base_pass(baseline.lm, row, torch.ones_like(row)).logits[0, -1].argmax())
         if token == end_id:
             break

@@ -19,6 +19,8 @@ from transformers.models.gemma2.modeling_gemma2 import (
     rotate_half,
 )
 
+from hypersteer_jax.pytorch_baseline.selection import SelectionHead, Settings
+
 Turns = tuple[Tensor, Tensor]  # cosine and sine of the rotary embedding, [1, P, H] each
 
 # HyperStuff/hypersteer sets the width and takes the rest from its config class, which is shaped like Gemma-7B.
@@ -77,9 +79,12 @@ class HyperBlock(Gemma2DecoderLayer):
 
 
 class Hypernet(nn.Module):
-    """Steering prompt and context to steering vector; parameters are named as in the releases' checkpoints."""
+    """Steering prompt and context to steering vector; parameters are named as in the releases' checkpoints.
 
-    def __init__(self, config: Gemma2Config):
+    The selection head of a run that has one is part of it, so that it is trained with it.
+    """
+
+    def __init__(self, config: Gemma2Config, selection: Settings | None = None):
         super().__init__()
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
@@ -87,6 +92,7 @@ class Hypernet(nn.Module):
         self.norm = Gemma2RMSNorm(width, config.rms_norm_eps)  # in every checkpoint, never applied
         self.regression_head = nn.Linear(width, width)
         self.rotary_emb = Gemma2RotaryEmbedding(config)
+        self.selection_head = None if selection is None else SelectionHead(width, selection)
 
     def forward(self, embedded: Tensor, mask: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
         """Steering vectors `[B, D]`, in the dtype of the weights (paper, eq. 3; AxBench at dc57b9b).
@@ -113,14 +119,17 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def load_hypernet(
-    config: Gemma2Config, tensors: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32
+    config: Gemma2Config,
+    tensors: Mapping[str, np.ndarray],
+    dtype: torch.dtype = torch.float32,
+    selection: Settings | None = None,
 ) -> Hypernet:
     """A hypernetwork with copies of these weights, named and laid out as in the releases' checkpoints.
 
     Raises:
         RuntimeError: tensors are missing, extra or misshapen; the message lists them.
     """
-    hypernet = Hypernet(config)
+    hypernet = Hypernet(config, selection)
     # Assigned, the weights bring their dtype; `.to(dtype)` would also round the rotary embedding's frequencies.
     hypernet.load_state_dict(_copies(tensors, dtype), assign=True)
     return hypernet

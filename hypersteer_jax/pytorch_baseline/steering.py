@@ -20,6 +20,7 @@ from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.presets import to_hugging_face
 from hypersteer_jax.models.weights import hypernet_tensors, lm_tensors
 from hypersteer_jax.pytorch_baseline.hypernet import Hypernet, hypernet_config, load_hypernet, load_lm
+from hypersteer_jax.pytorch_baseline.selection import SelectionHead, penalty
 
 IGNORED = -100  # label of a token that is not scored
 
@@ -81,7 +82,7 @@ class Outputs(NamedTuple):
     vector: Tensor  # [B, D]
     unsteered_logits: Tensor | None  # [B, T, V] float32
     logits: Tensor  # [B, T, V] float32
-    loss: Tensor  # []
+    loss: Tensor  # [], with the selection head's penalty if there is one
 
 
 def forward(baseline: Baseline, batch: Batch) -> Outputs:
@@ -90,9 +91,13 @@ def forward(baseline: Baseline, batch: Batch) -> Outputs:
     context = read_context(baseline, batch)
     vector = write_vector(baseline, batch, context)
     unsteered_logits = base_pass(lm, batch.tokens, batch.mask).logits if form.unsteered_pass else None
-    with steered(lm.model.layers[baseline.layer], vector, batch.factor, batch.locations):
+    head = baseline.hypernet.selection_head
+    with steered(lm.model.layers[baseline.layer], vector, batch.factor, batch.locations, head):
         logits = base_pass(lm, batch.tokens, batch.mask).logits
-    return Outputs(context, vector, unsteered_logits, logits, response_loss(logits, batch.labels))
+    loss = response_loss(logits, batch.labels)
+    if head is not None:
+        loss = loss + head.settings.sparsity * penalty(head.gates, batch.locations, batch.mask)
+    return Outputs(context, vector, unsteered_logits, logits, loss)
 
 
 class Pass(NamedTuple):
@@ -124,20 +129,27 @@ def write_vector(baseline: Baseline, batch: Batch, context: Tensor) -> Tensor:
     return baseline.hypernet(embedded, batch.concept_mask, context, batch.prompt_mask)
 
 
-def steer(residual: Tensor, vector: Tensor, factor: Tensor, locations: Tensor) -> Tensor:
+def steer(
+    residual: Tensor, vector: Tensor, factor: Tensor, locations: Tensor, head: SelectionHead | None = None
+) -> Tensor:
     """The residual with `factor * vector` added at `locations` (paper, eq. 1): gathered, added to, scattered back.
 
-    A column that `locations` names twice is written twice with the same value, so the vector is added to it once.
+    A column that `locations` names twice is written twice with the same value, so the vector is added to it once. A
+    selection head gates what is added.
     """
     index = locations[:, :, None].expand(-1, -1, residual.shape[-1])
-    added = (factor[:, None] * vector).to(residual.dtype)
-    return residual.scatter(1, index, residual.gather(1, index) + added[:, None])
+    taken, added = residual.gather(1, index), (factor[:, None] * vector).to(residual.dtype)[:, None]
+    if head is not None:
+        added = head(taken, vector)[..., None] * added
+    return residual.scatter(1, index, taken + added)
 
 
 @contextmanager
-def steered(block: nn.Module, vector: Tensor, factor: Tensor, locations: Tensor) -> Iterator[None]:
+def steered(
+    block: nn.Module, vector: Tensor, factor: Tensor, locations: Tensor, head: SelectionHead | None = None
+) -> Iterator[None]:
     """Within it, the output of `block` is steered."""
-    handle = block.register_forward_hook(lambda module, inputs, output: steer(output, vector, factor, locations))
+    handle = block.register_forward_hook(lambda module, inputs, output: steer(output, vector, factor, locations, head))
     try:
         yield
     finally:

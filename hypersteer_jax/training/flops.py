@@ -5,10 +5,11 @@
     flops.total                           # what the step really executes
 
 A product of [m, k] and [k, n] counts 2·m·n·k. Only such products are counted: norms, softmax, rotary positions,
-embedding look-ups, the optimizer and everything else that is linear in the activations or the weights is left out (it
-is bound by memory, not by arithmetic). Lengths are the padded ones of the batch. The minimum takes every block at
-every position: that the last hypernetwork block is read at one position only, and the last LM block at the scored ones,
-is not taken off, nor is a sliding window that binds, nor what two rows of one sequence do not see of each other.
+embedding look-ups, a selection head, the optimizer and everything else that is linear in the activations or the weights
+is left out (it is bound by memory, not by arithmetic). Lengths are the padded ones of the batch. The minimum takes
+every block at every position: that the last hypernetwork block is read at one position only, and the last LM block at
+the scored ones, is not taken off, nor is a sliding window that binds, nor what two rows of one sequence do not see of
+each other.
 
 Letters: T sequence, C context, P steering prompt, R scored tokens of a sequence, D width, V vocabulary, L and N blocks,
 ℓ the first steered block.

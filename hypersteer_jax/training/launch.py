@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -17,14 +18,16 @@ from hypersteer_jax.data.sources import TrainData, base_shape, load_base, load_d
 from hypersteer_jax.generation import Decoding, Request, Steered, complete
 from hypersteer_jax.models.convert import (
     HYPERSTUFF_WEIGHTS,
+    Converted,
     check_expressible,
     hyperstuff_weights,
     new_directory,
     read_hyperstuff,
     read_release,
+    write_regression,
     write_release,
 )
-from hypersteer_jax.models.hypernet import Hypernet
+from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 from hypersteer_jax.models.weights import WeightsError
 from hypersteer_jax.sharding import make_mesh
 from hypersteer_jax.training import checkpoint
@@ -136,20 +139,27 @@ def load_run(run: Path) -> Steered:
     Raises:
         CheckpointError: there is no run or no checkpoint in this folder.
     """
+    return _load_run(run)[0]
+
+
+def _load_run(run: Path) -> tuple[Steered, int]:
+    """The steered model of a run, and after how many steps."""
     config = checkpoint.read_config(run)
     lm, prompter = load_base(config.lm, config.train.compute_dtype)
     mesh = make_mesh()
     abstract = jax.eval_shape(lambda: init_state(config, lm))
     with checkpoint.open_checkpoints(run) as checkpoints:
         state = checkpoint.restore(checkpoints, abstract, mesh)
-    return Steered(lm, prompter, off_mesh(state.hypernet), dataclasses.replace(config, out=run))
+    return Steered(lm, prompter, off_mesh(state.hypernet), dataclasses.replace(config, out=run)), int(state.step)
 
 
 def convert(source: Path, target: Path, lm: str | None, layer: int, console: Console | None = None) -> None:
-    """Turns a PyTorch release's checkpoint into a run, or a run into an AxBench release directory.
+    """Turns a PyTorch release's checkpoint into a run, or a run into a release's checkpoint.
 
-    What `source` is tells the direction. A new run has no optimizer state but zeros, at step 0, and no place in any
-    data: it can be steered with, not resumed. Other settings than those below are the defaults.
+    What `source` is tells the direction. A run with cross-attention becomes an AxBench release directory, one without
+    context the weights of a HyperStuff regression run. A new run has no optimizer state but zeros and no place in any
+    data: it can be steered with, not resumed. It stands at step 0, or where its selection head's count does. Settings
+    that neither the arguments nor the files tell (`models.convert`) are the defaults.
 
     Args:
         source: a run (config.json and checkpoints/), an AxBench release (config.json and safetensors) or a HyperStuff
@@ -164,11 +174,13 @@ def convert(source: Path, target: Path, lm: str | None, layer: int, console: Con
     """
     console = console or Console()
     if (source / "checkpoints").is_dir():
-        model = load_run(source)
+        model, step = _load_run(source)
         check_expressible(model.config, model.lm.config)
+        regression = model.config.hypernet.variant == "no_context"
+        write = write_regression if regression else write_release
         with new_directory(target) as part:
-            write_release(model.hypernet, model.lm.embedding[...], part)
-        console.print(f"AxBench release directory in {target}")
+            write(Converted(model.hypernet, step), model.lm.embedding[...], part)
+        console.print(f"{'HyperStuff regression run' if regression else 'AxBench release directory'} in {target}")
         return
     weights = hyperstuff_weights(source)
     if weights is None and not (source / "config.json").is_file():
@@ -179,14 +191,20 @@ def convert(source: Path, target: Path, lm: str | None, layer: int, console: Con
     if lm is None:
         raise ConfigError(f"--lm is not given, and {source} does not name its base LM; give a directory or a hub id")
     shape = base_shape(lm)
-    hypernet = read_release(source, shape) if weights is None else read_hyperstuff(weights, shape)
-    steering = SteeringConfig((layer,), train_positions="after_prefix" if weights is None else "after_bos")
-    config = RunConfig(lm=lm, out=target, hypernet=hypernet.config, steering=steering)
+    hypernet, step = read_release(source, shape) if weights is None else read_hyperstuff(weights, shape)
+    config = RunConfig(
+        lm=lm,
+        out=target,
+        hypernet=hypernet.config,
+        steering=SteeringConfig((layer,), train_positions="after_prefix" if weights is None else "after_bos"),
+        selection=NO_SELECTION if hypernet.selection is None else hypernet.selection.config,
+    )
     check(config, shape)
+    state = new_state(hypernet, config.train)._replace(step=jnp.asarray(step, jnp.int32))
     with new_directory(target) as part:
         checkpoint.write_config(part, config)
         with checkpoint.open_checkpoints(part) as checkpoints:
-            checkpoint.save(checkpoints, 0, new_state(hypernet, config.train))
+            checkpoint.save(checkpoints, step, state)
     console.print(f"run in {target}; try: hypersteer steer --run {target} --prompt ... --concept ...")
 
 

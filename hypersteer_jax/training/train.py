@@ -13,13 +13,14 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from hypersteer_jax.config import RunConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.models.hypernet import Hypernet, init_hypernet
 from hypersteer_jax.models.lm import LM
+from hypersteer_jax.models.selection import annealed_temperature, mean_gate, selected_share
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights
 from hypersteer_jax.steering import steered_residual
 from hypersteer_jax.training import checkpoint
@@ -59,7 +60,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def init_state(config: RunConfig, lm: LM) -> TrainState:
     """The state before the first step, float32."""
-    return new_state(init_hypernet(config.hypernet, lm, nnx.Rngs(config.train.seed)), config.train)
+    rngs = nnx.Rngs(config.train.seed)
+    return new_state(init_hypernet(config.hypernet, lm, rngs, config.selection), config.train)
 
 
 def new_state(hypernet: Hypernet, config: TrainConfig) -> TrainState:
@@ -70,37 +72,77 @@ def new_state(hypernet: Hypernet, config: TrainConfig) -> TrainState:
 def batch_loss(
     hypernet: Hypernet, lm: LM, batch: SteeringBatch, config: RunConfig, residual: Array | None = None
 ) -> tuple[Array, Array]:
-    """Loss of the steered base LM on the responses in nats, and how many tokens it is over.
+    """Loss of the steered base LM on the responses in nats, and how many tokens it is over; gates as at inference.
 
     `residual` is `read_context`'s for this batch, if it is known already.
     """
+    _, metrics = objective(hypernet, lm, batch, config, residual)
+    return metrics["loss"], metrics["tokens"]
+
+
+def objective(
+    hypernet: Hypernet,
+    lm: LM,
+    batch: SteeringBatch,
+    config: RunConfig,
+    residual: Array | None = None,
+    key: Array | None = None,
+) -> tuple[Array, Metrics]:
+    """What a step minimises, and its parts: the loss on the responses, and a selection head's penalty if there is one.
+
+    The penalty is the mean gate over the real tokens times `selection.sparsity` (HyperStuff release). `key` is that of
+    the head's noise, `residual` as for `batch_loss`.
+    """
     settings = config.train
-    last = steered_residual(hypernet, lm, batch, config.steering, settings.remat, residual, settings.attention)
-    return response_loss(lm, last, batch.response_tokens, batch.response_share, settings.loss)
+    last, gates = steered_residual(
+        hypernet, lm, batch, config.steering, settings.remat, residual, settings.attention, key
+    )
+    loss, tokens = response_loss(lm, last, batch.response_tokens, batch.response_share, settings.loss)
+    metrics = {"loss": loss, "tokens": tokens}
+    if hypernet.selection is None:
+        return loss, metrics
+    rows = len(batch.factor) // len(batch.tokens)
+    penalty = config.selection.sparsity * mean_gate(gates, batch.steer_mask, batch.segments, rows)
+    metrics |= {"penalty": penalty, "selected": selected_share(gates, batch.steer_mask)}
+    return loss + penalty, metrics
 
 
 def train_step(
     state: TrainState, lm: LM, batch: SteeringBatch, config: RunConfig, residual: Array | None = None
 ) -> tuple[TrainState, Metrics]:
-    """One update. Pure: the random factor, if any, depends on seed and step only.
+    """One update. Pure: the random factor and the selection head's noise, if any, depend on seed and step only.
 
     `residual` is `read_context`'s for this batch, if it is known already.
     """
+    key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     if config.train.factor_range is not None:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         low, high = config.train.factor_range
         sampled = jax.random.uniform(key, batch.factor.shape, minval=low, maxval=high)
         batch = batch._replace(factor=batch.factor * sampled)
-    (loss, tokens), grads = jax.value_and_grad(batch_loss, has_aux=True)(state.hypernet, lm, batch, config, residual)
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    (_, metrics), grads = value_and_grad(state.hypernet, lm, batch, config, residual, key)
     updates, opt_state = make_optimizer(config.train).update(grads, state.opt_state, state.hypernet)
     hypernet = optax.apply_updates(state.hypernet, updates)
-    metrics = {
-        "loss": loss,
+    if state.hypernet.selection is not None:
+        now, update = state.hypernet.selection.temperature[...], updates.selection.temperature[...]
+        hypernet.selection.temperature[...] = next_temperature(now, update, state.step, config)
+    metrics |= {
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(learning_rate(config.train)(state.step)),
-        "tokens": tokens,
     }
     return TrainState(state.step + 1, hypernet, opt_state), metrics
+
+
+def next_temperature(
+    now: Float[Array, ""], update: Float[Array, ""], step: Int[Array, ""], config: RunConfig
+) -> Float[Array, ""]:
+    """The selection head's temperature after a step: learned at a rate of its own, or annealed over all steps.
+
+    Adam's steps do not know the scale of a gradient, so another learning rate is a factor on the optimizer's update.
+    """
+    if config.selection.learnable_temperature:
+        return now + update * (config.selection.temperature_learning_rate / config.train.learning_rate)
+    return annealed_temperature(config.selection, (step + 1) / config.train.steps)
 
 
 Loss = Callable[[Hypernet, LM, SteeringBatch], tuple[Array, Array]]

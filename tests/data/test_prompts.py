@@ -1,6 +1,7 @@
 """Chat templates, special tokens and tokenizers from a folder."""
 
 import json
+from importlib import resources
 
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -65,8 +66,17 @@ def test_end_token_is_end_of_sequence_without_turns():
     assert Prompter(tokenizer(template=None, vocabulary=words)).end_id == IDS["<eos>"]
 
 
+def test_prefix_where_digits_begin_with_the_same_piece():
+    """In the tiny world's vocabulary "1" and "2" are two pieces each, of which the first is the space before."""
+    with resources.as_file(resources.files("hypersteer_jax.data.tinyworld") / "lm") as path:
+        prompter = Prompter(load_tokenizer(path))
+    one, two = prompter.prompt_tokens(["1", "2"])
+    assert one[4] == two[4]
+    assert prompter.prefix == 4
+
+
 def test_template_that_ignores_the_instruction():
-    with pytest.raises(DataError, match="'1' and '2' to the same tokens"):
+    with pytest.raises(DataError, match="'1' and 'Why' to the same tokens"):
         Prompter(tokenizer(template="{{ bos_token }}<start_of_turn>"))
 
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
-from hypersteer_jax.config import HypernetConfig, LMConfig, RunConfig, SteeringConfig, TrainConfig
+from hypersteer_jax.config import HypernetConfig, LMConfig, RunConfig, SelectionConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
-from hypersteer_jax.data.pipeline import Bucket
+from hypersteer_jax.data.pipeline import Bucket, Layout
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM, cast
 from hypersteer_jax.models.presets import PRESETS
-from hypersteer_jax.training.flops import StepFlops, step_flops
+from hypersteer_jax.training.flops import StepFlops, evaluation_interval, step_flops
 from hypersteer_jax.training.loss import response_loss
 from hypersteer_jax.training.train import TrainState, batch_loss, init_state, train_step
 from tests.models.tiny import CONFIGS
@@ -137,14 +138,19 @@ def test_step_wastes_nothing(name: str) -> None:
     assert flops.blocks_again == 0
 
 
-@pytest.mark.parametrize("preset", ["gemma-2-2b", "gemma-2-9b"])
-def test_xla_counts_the_same(preset: str) -> None:
-    # XLA counts the body of a loop once, so here every loop runs once: one block each, one chunk of the loss.
-    lm_config, config = dataclasses.replace(PRESETS[preset], layers=2), run(1, (0,), batch=12)
-    shape = MIDDLE._replace(response=40)
-    lm, state = abstract(lm_config, config)
-    step = jax.jit(partial(train_step, config=config)).lower(state, lm, batch_of(12, shape))
-    assert 1.0 < step.cost_analysis()["flops"] / step_flops(lm_config, config, shape).total < 1.03
+@pytest.mark.parametrize("name", ["2b", "2b-packed", "9b"])
+def test_xla_counts_at_most_three_percent_above_the_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's own count of the whole step, elementwise work and optimizer included.
+
+    It counts the body of a loop once, so loops are unrolled while the step is traced; one that stayed would show as far
+    less than the formula.
+    """
+    monkeypatch.setattr(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
+    monkeypatch.setattr(jax.lax, "map", lambda f, xs: jax.lax.scan(lambda _, x: (None, f(x)), None, xs)[1])
+    preset, config, shape = FULL[name]
+    lm, state = abstract(PRESETS[preset], config)
+    step = jax.jit(partial(train_step, config=config)).lower(state, lm, batch_of(config.train.batch, shape))
+    assert 1.0 <= step.cost_analysis()["flops"] / step_flops(PRESETS[preset], config, shape).minimal <= 1.03
 
 
 def test_a_step_that_also_trains_the_lm_is_seen() -> None:
@@ -194,6 +200,11 @@ def test_options(settings: dict[str, Any], context: str, layers: tuple[int, ...]
     assert counted(CONFIGS["gemma2"], config, TINY) == step_flops(CONFIGS["gemma2"], config, TINY).total
 
 
+def test_a_selection_head_has_no_matrix_products() -> None:
+    config = dataclasses.replace(run(2, (1, 2)), selection=SelectionConfig(on=True))
+    assert counted(CONFIGS["gemma2"], config, TINY) == step_flops(CONFIGS["gemma2"], config, TINY).total
+
+
 def test_rows_that_share_sequences_and_steering_prompts() -> None:
     config, shape = run(2, (1,), batch=12, variant="no_context"), TINY._replace(rows=2)
     flops = step_flops(CONFIGS["gemma2"], config, shape, prompts=5)
@@ -233,3 +244,57 @@ def test_each_part_is_that_part_of_the_model() -> None:
 def test_flops_grow_with_the_batch() -> None:
     one, twelve = (step_flops(PRESETS["gemma-2-2b"], run(22, (20,), batch=n), MIDDLE) for n in (1, 12))
     assert twelve == StepFlops(*(12 * part for part in one))
+
+
+# Evaluation within its share
+
+EVALUATED = {"held-in": [batch_of(2, TINY)] * 3, "held-out": [batch_of(2, TINY)] * 2}
+LAYOUT = Layout(np.zeros((4, 1), int), np.zeros(4, int), (TINY,))
+
+
+def interval(evaluation: dict[str, list[SteeringBatch]] = EVALUATED, **settings: Any) -> int:
+    config = run(2, (1,))
+    config = dataclasses.replace(config, train=TrainConfig(batch=2, **settings))
+    return evaluation_interval(CONFIGS["gemma2"], config, LAYOUT, evaluation)
+
+
+def test_evaluations_are_spaced_out_to_their_share() -> None:
+    flops = step_flops(CONFIGS["gemma2"], run(2, (1,)), TINY)
+    forward = flops.lower + flops.upper + flops.hypernet + flops.cross + flops.unembed
+    for steps, share in ((1000, 0.05), (1000, 0.2), (5000, 0.01)):
+        spaced = interval(steps=steps, eval_every=1, eval_share=share)
+        times = math.ceil(steps / spaced)
+        assert times * 5 * forward <= share * steps * flops.minimal < (times + 2) * 5 * forward
+        assert spaced > 1
+
+
+def test_evaluations_within_their_share_come_when_asked() -> None:
+    assert interval(steps=1000, eval_every=500) == 500
+    assert interval(steps=1000, eval_every=1, eval_share=10.0) == 1
+
+
+def test_one_evaluation_is_always_left_and_none_where_none_is_wanted() -> None:
+    assert interval(steps=10, eval_every=1, eval_share=1e-6) == 10
+    assert interval(steps=10, eval_every=0) == 0
+    assert interval({}, steps=10, eval_every=3) == 3
+
+
+def test_cached_steps_leave_less_to_evaluation() -> None:
+    often = {"steps": 1000, "eval_every": 1}
+    assert interval(cache="memory", **often) > interval(**often)
+
+
+@pytest.mark.parametrize("context", ["entering", "leaving"])
+def test_cached_residual_saves_the_lower_blocks(context: str) -> None:
+    config = dataclasses.replace(run(2, (2,)), steering=SteeringConfig((2,), context))
+    lm, state = abstract(CONFIGS["gemma2"], config)
+    residual = jax.ShapeDtypeStruct((2, TINY.tokens, 32), jnp.bfloat16)
+    found = count_of(
+        lambda state, lm, batch, residual: train_step(state, lm, batch, config, residual),
+        state,
+        lm,
+        batch_of(2, TINY),
+        residual,
+    )
+    assert found == step_flops(CONFIGS["gemma2"], config, TINY, cached=True).total
+    assert found < step_flops(CONFIGS["gemma2"], config, TINY).total

@@ -1,6 +1,7 @@
 """Training on a tiny LM: the optimiser by hand, the step on one device and on eight, and runs that are interrupted."""
 
 import dataclasses
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from rich.console import Console
 
-from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SteeringConfig, TrainConfig
+from hypersteer_jax.config import DataConfig, HypernetConfig, RunConfig, SelectionConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
-from hypersteer_jax.data.pipeline import BatchSource, collate, evaluation_batches, iterator, make_layout
+from hypersteer_jax.data.pipeline import BatchSource, Bucket, collate, evaluation_batches, iterator, make_layout
 from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, weight_spec
 from hypersteer_jax.training.activations import open_cache
@@ -26,6 +28,7 @@ from hypersteer_jax.training.train import (
     init_state,
     learning_rate,
     make_optimizer,
+    next_temperature,
     train,
     train_step,
     unsteered,
@@ -150,13 +153,95 @@ def test_factor_is_sampled_by_step(start: TrainState) -> None:
     assert unsteered[0] == unsteered[1]  # the sample multiplies each row's own factor
 
 
-def test_eight_devices_do_what_one_does(start: TrainState) -> None:
-    alone, told = step_fn(start, LM, BATCH)
+HEAD = SelectionConfig(on=True, temperature_start=0.8, temperature_end=0.2, sparsity=0.5)
+GATED = dataclasses.replace(ONE_BATCH, selection=HEAD)
+gated_step = jax.jit(train_step, static_argnames="config")
+
+
+@pytest.fixture(scope="module")
+def gated() -> TrainState:
+    return jax.jit(partial(init_state, GATED))(LM)
+
+
+def test_selection_head_changes_nothing_else_of_the_start(start: TrainState, gated: TrainState) -> None:
+    one, two = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.hypernet)}
+        for state in (start, gated)
+    )
+    assert len(two) == len(one) + 5
+    assert_same(one, {name: leaf for name, leaf in two.items() if "selection" not in name})
+
+
+def test_penalty_and_selected_share_are_logged(gated: TrainState) -> None:
+    _, metrics = gated_step(gated, LM, BATCH, config=GATED)
+    assert 0 < float(metrics["selected"]) < 1
+    steered = BATCH.steer_mask.sum(1) / BATCH.mask.sum(1)
+    assert 0.1 < float(metrics["penalty"]) / (HEAD.sparsity * steered.mean()) < 0.9  # its gates start around a half
+
+
+def test_noise_depends_on_seed_and_step_only(gated: TrainState) -> None:
+    def loss(state: TrainState, config: RunConfig) -> float:
+        return float(gated_step(state, LM, BATCH, config=config)[1]["loss"])
+
+    fixed = having(GATED, factor_range=None)
+    later, reseeded = gated._replace(step=gated.step + 1), having(fixed, seed=1)
+    found = [loss(gated, fixed), loss(later, fixed), loss(gated, reseeded)]
+    assert found[0] == loss(gated, fixed)
+    assert min(abs(a - b) for a, b in itertools.combinations(found, 2)) > 1e-5
+
+
+def test_temperature_falls_to_its_end_with_the_last_step(gated: TrainState) -> None:
+    state, found = gated, []
+    for _ in range(3):
+        found.append(float(state.hypernet.selection.temperature[...]))
+        state, _ = gated_step(state, LM, BATCH, config=GATED)
+    assert found == pytest.approx([0.8, 0.7994, 0.7988], abs=1e-6)  # of a thousand steps
+    assert float(next_temperature(jnp.asarray(0.3), jnp.asarray(0.0), jnp.asarray(999), GATED)) == pytest.approx(0.2)
+
+
+def test_learned_temperature_has_its_own_rate() -> None:
+    """Adam's first step is the learning rate, whatever the gradient; the second is scheduled as all others are."""
+    selection = dataclasses.replace(HEAD, learnable_temperature=True, temperature_learning_rate=0.03)
+    config = dataclasses.replace(having(GATED, steps=2, clip=1e3), selection=selection)
+    state = jax.jit(partial(init_state, config))(LM)
+    moves = []
+    for _ in range(2):
+        before = state.hypernet.selection
+        state, _ = gated_step(state, LM, BATCH, config=config)
+        after = state.hypernet.selection
+        moves.append(
+            [abs(float(after.temperature[...] - before.temperature[...])), np.abs(after.bias - before.bias)[0]]
+        )
+    assert moves[0] == pytest.approx([0.03, 1e-2], rel=1e-3)
+    assert moves[1][0] < 0.6 * 0.03
+
+
+PAIRS = np.arange(16).reshape(8, 2)
+PACKED = collate(ROWS, PAIRS, Bucket(tokens=32, context=8, response=24, concept=8, rows=2))
+MANY_ROWS = dataclasses.replace(ROWS, concepts=ROWS.concepts[:5] * 3 + ROWS.concepts[:1], context=False)
+SHARED = collate(MANY_ROWS, PAIRS, Bucket(tokens=32, context=8, response=24, concept=8, rows=2))
+
+
+@pytest.mark.parametrize(
+    ("variant", "batch", "selection"),
+    [
+        ("cross_attention", BATCH, SelectionConfig()),
+        ("cross_attention", PACKED, HEAD),
+        ("no_context", SHARED, SelectionConfig()),
+    ],
+    ids=["rows alone", "packed, selection", "packed, shared steering prompts"],
+)
+def test_eight_devices_do_what_one_does(variant: str, batch: SteeringBatch, selection: SelectionConfig) -> None:
+    assert (len(batch.concept_tokens) < len(batch.factor)) == (variant == "no_context")
+    config = dataclasses.replace(ONE_BATCH, hypernet=HypernetConfig(variant, blocks=1), selection=selection)
+    step = jax.jit(partial(train_step, config=config))
+    start = jax.jit(partial(init_state, config))(LM)
+    alone, told = step(start, LM, batch)
     mesh = make_mesh(data=2, fsdp=4)
     with jax.set_mesh(mesh):
-        state, lm, batch = shard_weights(start, mesh), shard_weights(LM, mesh), shard_batch(BATCH, mesh)
-        assert batch.tokens.addressable_shards[0].data.shape[0] == 1
-        together, metrics = step_fn(state, lm, batch)
+        state, lm, shards = shard_weights(start, mesh), shard_weights(LM, mesh), shard_batch(batch, mesh)
+        assert shards.tokens.addressable_shards[0].data.shape[0] == 1
+        together, metrics = step(state, lm, shards)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(float(metrics[name]), float(told[name]), rtol=1e-5)
     assert int(metrics["tokens"]) == int(told["tokens"])
@@ -166,7 +251,8 @@ def test_eight_devices_do_what_one_does(start: TrainState) -> None:
         np.testing.assert_allclose(one, two, atol=1e-5 * largest, rtol=1e-5)  # a tenth of the clipped gradient
     for tree in (together.hypernet, ours.mu, ours.nu):
         for leaf in jax.tree.leaves(tree):
-            assert leaf.sharding.spec == weight_spec(leaf.shape, mesh), leaf.shape
+            wanted = NamedSharding(mesh, weight_spec(leaf.shape, mesh))
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), leaf.shape
     per_device = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(ours))
     assert per_device < 0.27 * sum(leaf.size for leaf in jax.tree.leaves(ours))  # a quarter, and what cannot be split
 
@@ -249,6 +335,25 @@ def test_interrupted_run_goes_on_bitwise(whole: Run, tmp_path: Path) -> None:
         if "evaluation" in row:
             row["evaluation"] = {}  # of the run that was not interrupted only, as is its compilation
     assert metrics_of(config.out) == expected
+
+
+def test_step_is_traced_once_for_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows([4, 5, 6, 7] * 6, [9, 16, 22, 30] * 6, [3, 5, 12, 6] * 6)
+    settings = DataConfig(buckets=3)
+    layout = make_layout(rows, settings, seed=0)
+    source, steps = BatchSource(rows, layout, 2, seed=0), 12  # two epochs
+    used = {tuple(leaf.shape for leaf in jax.tree.leaves(source[index])) for index in range(steps)}
+    traced = []
+
+    def counted(state: Any, lm: Any, batch: SteeringBatch, config: Any, residual: Any) -> Any:
+        traced.append(tuple(leaf.shape for leaf in jax.tree.leaves(batch)))
+        return train_step(state, lm, batch, config, residual)
+
+    monkeypatch.setattr("hypersteer_jax.training.train.train_step", counted)
+    config = dataclasses.replace(having(CONFIG, steps=steps, eval_every=0, save_every=0), out=tmp_path / "run")
+    train(config, LM, TrainData(rows, layout, iterator(rows, layout, 4, seed=0), {}))
+    assert len(used) > 1
+    assert sorted(traced) == sorted(used)
 
 
 def test_folder_that_holds_a_run_is_refused(whole: Run) -> None:
