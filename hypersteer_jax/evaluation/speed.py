@@ -90,7 +90,9 @@ def read_residuals(config: RunConfig, lm: LM, batches: Sequence[SteeringBatch]) 
     return [np.asarray(read(lm, batch.tokens, batch.segments)) for batch in batches]
 
 
-def in_turns(work: Sequence[Sequence[Callable[[], Any]]]) -> Float[np.ndarray, "batches sides"]:
+def in_turns(
+    work: Sequence[Sequence[Callable[[], Any]]], clock: Callable[[], float] = time.perf_counter
+) -> Float[np.ndarray, "batches sides"]:
     """Seconds of every side's step on every batch.
 
     All are stepped on once before the clock runs, so that nothing is compiled under it, and the sides take turns.
@@ -98,13 +100,13 @@ def in_turns(work: Sequence[Sequence[Callable[[], Any]]]) -> Float[np.ndarray, "
     for steps in work:
         for step in steps:
             step()
-    return np.array([[_seconds(step) for step in steps] for steps in work])
 
+    def seconds(step: Callable[[], Any]) -> float:
+        begin = clock()
+        step()
+        return clock() - begin
 
-def _seconds(step: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
+    return np.array([[seconds(step) for step in steps] for steps in work])
 
 
 def time_steps(
