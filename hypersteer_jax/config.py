@@ -122,6 +122,16 @@ class DataConfig:
     skip_bad_rows: bool = False  # drop malformed rows, counted and listed, instead of stopping
 
 
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out. Any axis may be 1; all of them together are all devices of all processes."""
+
+    data: int = 1  # copies of the weights; a batch is split over data x fsdp
+    fsdp: int | None = None  # devices over which weights and Adam's moments are split; None: all that are left
+    tensor: int = 1  # devices over which heads, MLP width and vocabulary are split
+    slices: int = 1  # TPU slices joined by the data-centre network; the data axis runs over them
+
+
 AttentionName = Literal["einsum", "splash"]  # see `models/attention.py`
 
 
@@ -144,6 +154,9 @@ class TrainConfig:
     eval_batches: int = 4
     eval_share: float = 0.05  # of the run's arithmetic at most; evaluations are spaced out to keep to it
     save_every: int = 200  # steps; 0 saves at the end only
+    keep_last: int = 3  # newest checkpoints that are kept
+    keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good; 0: none
+    stuck_after: float = 1800.0  # seconds without progress after which a run dumps its stacks and exits; 0: never
     remat: bool = False  # recompute block activations in the backward pass
     cache: Literal["off", "memory", "disk"] = "off"  # keep each row's residual, so that no epoch runs the lower blocks
     cache_dir: Path = Path("runs/cache")  # of a disk cache; runs on the same base LM, layer and data can share one
@@ -159,6 +172,7 @@ class RunConfig:
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -263,6 +277,7 @@ def check(config: RunConfig, lm: LMConfig) -> None:
         "train.learning_rate": train.learning_rate,
         "train.clip": train.clip,
         "train.eval_share": train.eval_share,
+        "train.keep_last": train.keep_last,
         "data.buckets": data.buckets,
         "data.max_prompt": data.max_prompt,
         "data.max_response": data.max_response,
@@ -271,9 +286,11 @@ def check(config: RunConfig, lm: LMConfig) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name} is {value}; give a value above 0")
-    for name, count in {"train.eval_every": train.eval_every, "train.save_every": train.save_every}.items():
-        if count < 0:
-            raise ConfigError(f"{name} is {count}; give 0 (off) or a number of steps")
+    for name in ("eval_every", "save_every", "keep_every"):
+        if getattr(train, name) < 0:
+            raise ConfigError(f"train.{name} is {getattr(train, name)}; give 0 (off) or a number of steps")
+    if train.stuck_after < 0:
+        raise ConfigError(f"train.stuck_after is {train.stuck_after}; give 0 (off) or seconds")
     if not 0 <= train.warmup < train.steps:
         raise ConfigError(f"train.warmup is {train.warmup}; give 0 to {train.steps - 1} (below train.steps)")
     if train.factor_range is not None and train.factor_range[0] > train.factor_range[1]:
