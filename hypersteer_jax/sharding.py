@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,6 +63,21 @@ def shard_weights(tree: T, mesh: Mesh) -> T:
 def shard_batch(batch: T, mesh: Mesh) -> T:
     """Places every array of a host batch with its leading axis over `data` and `fsdp`."""
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch)
+
+
+def agreement(mesh: Mesh) -> Callable[[bool], Int[Array, ""]]:
+    """A function that all processes of a mesh call with a yes or no, and that gives all of them 1 if one said yes.
+
+    The devices work it out in turn with everything else, so all processes hear it at the same step, and asking does not
+    wait for the answer.
+    """
+    sharding = NamedSharding(mesh, P(mesh.axis_names))
+
+    def everywhere(value: int) -> Array:
+        return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, value, np.int32))
+
+    no, yes, largest = everywhere(0), everywhere(1), jax.jit(jnp.max)
+    return lambda mine: largest(yes if mine else no)
 
 
 def gather(weights: T) -> T:

@@ -74,6 +74,11 @@ def save(checkpoints: ocp.training.Checkpointer, step: int, state: Any, data: An
     checkpoints.save_checkpointables_async(step, parts, force=True)
 
 
+def wait(checkpoints: ocp.training.Checkpointer) -> None:
+    """Until the save in progress is committed."""
+    checkpoints.wait()
+
+
 def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, mesh: Mesh, data: Any = None) -> Any:
     """The newest state, placed on `mesh`; `data`, a Grain iterator, is moved to the place it was saved at.
 
