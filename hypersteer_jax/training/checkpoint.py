@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 from hypersteer_jax.config import ConfigError, RunConfig, from_dict, to_dict
-from hypersteer_jax.sharding import weight_spec
+from hypersteer_jax.sharding import shardings
 
 KEEP = 3  # checkpoints
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "hypersteer_jax")
@@ -90,10 +90,12 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: Any, mesh: Mesh, d
         raise CheckpointError(f"{checkpoints.directory}: no checkpoint yet; train first, or leave out --resume")
     step = checkpoints.latest.step
 
-    def concrete(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, weight_spec(x.shape, mesh)))
+    def concrete(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    wanted = {"state": jax.tree.map(concrete, abstract)} | ({} if data is None else {"data": data})
+    wanted = {"state": jax.tree.map(concrete, abstract, shardings(abstract, mesh))} | (
+        {} if data is None else {"data": data}
+    )
     try:
         stored = _shapes(ocp.metadata(checkpoints.directory / str(step), "state").metadata)
         if differences := _differences(_shapes(abstract), stored):
