@@ -23,11 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.experimental.multihost_utils import process_allgather
-from jaxtyping import Float, Int, UInt
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
 
@@ -37,6 +35,7 @@ from hypersteer_jax.data.pipeline import Rows, bucket_lengths
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, share_of
 from hypersteer_jax.steering import lower_blocks, read_context
+from hypersteer_jax.training.checksum import checksums
 
 RESIDUAL, KEY = "residual.bin", "key.json"
 LENGTHS = 4  # compiled while filling, at most
@@ -136,22 +135,8 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
 
 def fingerprint(lm: LM) -> str:
     """A number that changes with the shape or any weight of a base LM, the same wherever the weights lie."""
-    sums = jax.device_get(jax.jit(lambda lm: [checksum(leaf) for leaf in jax.tree.leaves(lm)])(lm))
-    text = repr((lm.config, [int(each) for each in sums]))
+    text = repr((lm.config, checksums(lm)))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def checksum(x: Array) -> UInt[Array, ""]:
-    """Sum of all elements' bits times odd numbers that differ by place, modulo 2^32.
-
-    Integers modulo 2^32 add up to the same in any order, so it does not depend on how the array is split.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    place = sum(
-        jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(2654435761 * (axis + 1) % 2**32)
-        for axis in range(x.ndim)
-    )
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _fill(cache: ActivationCache, config: RunConfig, lm: LM, rows: Rows, console: Console) -> None:

@@ -210,13 +210,18 @@ def train(
         )
     checkpoint.write_config(out, config)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    with jax.set_mesh(mesh), checkpoint.open_checkpoints(out) as checkpoints, contextlib.ExitStack() as stack:
+    opened = checkpoint.open_checkpoints(out, settings.keep_last, settings.keep_every)
+    with jax.set_mesh(mesh), opened as checkpoints, contextlib.ExitStack() as stack:
         lm = shard_weights(lm, mesh)
         init = partial(init_state, config)
+        abstract = jax.eval_shape(init, lm)
+        checkpoint.check_room(out, abstract, config)
         if resume:
-            state = checkpoint.restore(checkpoints, jax.eval_shape(init, lm), mesh, data.batches)
+            restored = checkpoint.restore(checkpoints, abstract, mesh)
+            data.batches.set_state({"next_index": checkpoint.resume_position(restored)})
+            state = restored.state
         else:
-            state = jax.jit(init, out_shardings=shardings(jax.eval_shape(init, lm), mesh))(lm)
+            state = jax.jit(init, out_shardings=shardings(abstract, mesh))(lm)
         step_fn = jax.jit(partial(train_step, config=config), donate_argnums=0)
         loss_fn = jax.jit(partial(batch_loss, config=config))
         evaluation = {name: [shard_batch(b, mesh) for b in rows] for name, rows in data.evaluation.items()}
@@ -256,7 +261,8 @@ def train(
             settle(*pending)  # a state that is not finite must not be saved
             pending = None
             if saves:
-                checkpoint.save(checkpoints, done, state, data.batches)
+                position = data.batches.get_state()["next_index"]
+                checkpoint.save(checkpoints, done, state, position, config=config)
             if evaluates:
                 clock = time.perf_counter()
                 for name, rows in evaluation.items():

@@ -395,7 +395,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert np.isnan(stored.factor).tolist() == [True, False, False, False]
     assert [row["step"] for row in metrics_of(config.out)] == [0, 1, 1]
     with open_checkpoints(config.out) as checkpoints:
-        state = restore(checkpoints, jax.eval_shape(partial(init_state, config), LM), make_mesh())
+        state = restore(checkpoints, jax.eval_shape(partial(init_state, config), LM), make_mesh()).state
     assert int(state.step) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
