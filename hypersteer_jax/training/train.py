@@ -1,5 +1,6 @@
 """Training: the state, one pure step, and the loop around it."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -24,7 +25,7 @@ from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.models.hypernet import Hypernet, init_hypernet
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.selection import annealed_temperature, mean_gate, selected_share
-from hypersteer_jax.sharding import agreement, make_mesh, shard_batch, shard_weights
+from hypersteer_jax.sharding import Share, agreement, make_mesh, shard_batch, shard_weights, shardings, share_of
 from hypersteer_jax.steering import steered_residual
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache
@@ -220,27 +221,31 @@ def train(
             f"out is {out}, which holds a run; continue it with --resume or give another folder"
         )
     checkpoint.write_config(out, config)
-    mesh = make_mesh()
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     writes = jax.process_index() == 0
     with (
         jax.set_mesh(mesh),
-        checkpoint.open_checkpoints(out) as checkpoints,
+        checkpoint.open_checkpoints(out, settings.keep_last, settings.keep_every) as checkpoints,
         closing(Ledger(out / LEDGER if writes else None, started)) as ledger,
         Watchdog(settings.stuck_after) as watchdog,
     ):
         notice.leave_at_once(lambda: "nothing to save yet; start again with --resume")
         lm = shard_weights(lm, mesh)
         init = partial(init_state, config)
-        if resume and checkpoints.latest is not None:
+        abstract = jax.eval_shape(init, lm)
+        checkpoint.check_room(out, abstract, config)
+        if resume and checkpoint.steps(checkpoints):
             ledger.ended("init")
-            state = checkpoint.restore(checkpoints, jax.eval_shape(init, lm), mesh, data.batches)
-            ledger.went_back(int(state.step))
-            ledger.ended("restore", int(state.step))
+            restored = checkpoint.restore(checkpoints, abstract, mesh)
+            data.batches.set_state({"next_index": checkpoint.resume_position(restored)})
+            state = restored.state
+            ledger.went_back(restored.step)
+            ledger.ended("restore", restored.step)
         else:
-            state = shard_weights(jax.jit(init)(lm), mesh)  # jit gives every leaf a buffer of its own, to be donated
+            state = jax.jit(init, out_shardings=shardings(abstract, mesh))(lm)
             ledger.ended("init")
             notice.hold()
-            checkpoint.save(checkpoints, 0, state, data.batches)
+            checkpoint.save(checkpoints, 0, state, _position(data), config=config)
             ledger.ended("save", 0)
         start = int(state.step)
 
@@ -281,7 +286,7 @@ class _Loop:
     data: TrainData
     cache: ActivationCache | None
     mesh: Mesh
-    checkpoints: Any
+    checkpoints: checkpoint.Checkpoints
     notice: Notice
     watchdog: Watchdog
     ledger: Ledger
@@ -305,7 +310,7 @@ class _Loop:
     def compile(self, state: TrainState) -> None:
         """Compiles all that the run will need, so that no step does, and a shape that is too large is known now."""
         step = jax.jit(partial(train_step, config=self.config), donate_argnums=0)
-        for batch in example_batches(self.data, self.config.train.batch):
+        for batch in example_batches(self.data, self.config.train.batch, share_of(self.mesh)):
             if _shapes(batch) not in self.steps:
                 placed, residual = self.place(batch)
                 self.steps[_shapes(batch)] = step.lower(state, self.lm, placed, residual=residual).compile()
@@ -386,7 +391,7 @@ class _Loop:
 
     def save(self, state: TrainState, done: int) -> None:
         """Starts saving, once the save before it is through."""
-        checkpoint.save(self.checkpoints, done, state, self.data.batches)
+        checkpoint.save(self.checkpoints, done, state, _position(self.data), config=self.config)
         self.watchdog.progress()
         self.ledger.ended("save", done)
 
@@ -439,14 +444,19 @@ class _Loop:
             self.watchdog.progress()
 
 
-def example_batches(data: TrainData, batch: int) -> list[SteeringBatch]:
-    """One batch of `batch` rows for each shape that training meets."""
+def example_batches(data: TrainData, batch: int, share: Share) -> list[SteeringBatch]:
+    """One batch of `batch` rows for each shape that training meets; of each, this process's share."""
     sequences, bucket_of, buckets = data.layout
     shape = (batch // sequences.shape[1], sequences.shape[1])
     return [
-        collate(data.rows, np.resize(sequences[bucket_of == index], shape), bucket)
+        collate(data.rows, np.resize(sequences[bucket_of == index], shape), bucket, share)
         for index, bucket in enumerate(buckets)
     ]
+
+
+def _position(data: TrainData) -> int:
+    """Batches taken so far."""
+    return data.batches.get_state()["next_index"]
 
 
 def _not_finite(out: Path, step: int, row: Metrics, batch: SteeringBatch) -> FloatingPointError:
