@@ -34,7 +34,7 @@ from hypersteer_jax.sharding import make_mesh
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache, open_cache
 from hypersteer_jax.training.flops import evaluation_interval
-from hypersteer_jax.training.ledger import LEDGER, account, account_table
+from hypersteer_jax.training.ledger import account, account_table
 from hypersteer_jax.training.preemption import Notice
 from hypersteer_jax.training.train import Report, TrainState, init_state, new_state, train
 
@@ -81,7 +81,7 @@ def launch(
         )
     cache = open_cache(config, lm, data.rows, prompter.tokenizer.chat_template or "", console)
     state = train_with_bar(config, lm, data, resume, console, cache, notice, started)
-    console.print(account_table(account(config.out / LEDGER)))
+    console.print(account_table(account(config.out)))
     console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
     return Steered(lm, prompter, off_mesh(state.hypernet), config)
 
