@@ -235,18 +235,18 @@ def train(
         init = partial(init_state, config)
         abstract = jax.eval_shape(init, lm)
         checkpoint.check_room(out, abstract, config)
-        if resume and checkpoint.steps(checkpoints):
+        if resume and checkpoint.stored(checkpoints):
             ledger.ended("init")
             restored = checkpoint.restore(checkpoints, abstract, mesh)
-            data.batches.set_state({"next_index": checkpoint.resume_position(restored)})
             state = restored.state
-            ledger.went_back(restored.step)
-            ledger.ended("restore", restored.step)
+            data.batches.set_state({"next_index": checkpoint.resume_position(restored)})
+            ledger.went_back(int(state.step))
+            ledger.ended("restore", int(state.step))
         else:
             state = jax.jit(init, out_shardings=shardings(abstract, mesh))(lm)
             ledger.ended("init")
             notice.hold()
-            checkpoint.save(checkpoints, 0, state, _position(data), config=config)
+            checkpoint.save(checkpoints, 0, state, 0, config=config)
             ledger.ended("save", 0)
         start = int(state.step)
 
@@ -392,8 +392,8 @@ class _Loop:
 
     def save(self, state: TrainState, done: int) -> None:
         """Starts saving, once the save before it is through."""
-        checkpoint.save(self.checkpoints, done, state, _position(self.data), config=self.config)
-        self.log.flush()
+        position = self.data.batches.get_state()["next_index"]
+        checkpoint.save(self.checkpoints, done, state, position, config=self.config)
         self.watchdog.progress()
         self.ledger.ended("save", done)
 
@@ -448,18 +448,13 @@ class _Loop:
 
 
 def example_batches(data: TrainData, batch: int, share: Share) -> list[SteeringBatch]:
-    """One batch of `batch` rows for each shape that training meets; of each, this process's share."""
+    """This process's share of one batch of `batch` rows, for each shape that training meets."""
     sequences, bucket_of, buckets = data.layout
     shape = (batch // sequences.shape[1], sequences.shape[1])
     return [
         collate(data.rows, np.resize(sequences[bucket_of == index], shape), bucket, share)
         for index, bucket in enumerate(buckets)
     ]
-
-
-def _position(data: TrainData) -> int:
-    """Batches taken so far."""
-    return data.batches.get_state()["next_index"]
 
 
 def _not_finite(out: Path, step: int, row: Metrics, batch: SteeringBatch) -> FloatingPointError:
