@@ -394,6 +394,7 @@ class _Loop:
         """Starts saving, once the save before it is through."""
         position = self.data.batches.get_state()["next_index"]
         checkpoint.save(self.checkpoints, done, state, position, config=self.config)
+        self.log.flush()
         self.watchdog.progress()
         self.ledger.ended("save", done)
 
@@ -459,7 +460,8 @@ def example_batches(data: TrainData, batch: int, share: Share) -> list[SteeringB
 
 def _not_finite(out: Path, step: int, row: Metrics, batch: SteeringBatch) -> FloatingPointError:
     """Saves the batch and says where everything is."""
-    path = checkpoint.run_path(out) / f"not_finite_step{step}.npz"
+    share = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = checkpoint.run_path(out) / f"not_finite_step{step}{share}.npz"
     with path.open("wb") as file:
         np.savez(file, **batch._asdict())
     return FloatingPointError(
