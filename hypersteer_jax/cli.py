@@ -36,16 +36,21 @@ def quickstart(out: Path = Path("runs/quickstart"), steps: int | None = None, se
 
 
 @app.command(name="train")
-def train(config: Annotated[Recipe, tyro.conf.arg(name="")], resume: bool = False) -> None:
+def train(config: Annotated[Recipe, tyro.conf.arg(name="")], resume: bool = False, multihost: bool = False) -> None:
     """Train a hypernetwork from a recipe; every setting can be overridden.
 
     Args:
         config: the recipe.
-        resume: continue the run in `out` from its newest checkpoint.
+        resume: continue the run in `out` from its newest checkpoint; if it was ended before its first, start it.
+        multihost: this is one of several processes, one to a host of a TPU pod, that run this same command.
     """
     from hypersteer_jax.training.preemption import listen
 
     with listen() as notice:
+        if multihost:
+            from hypersteer_jax.sharding import join_processes
+
+            join_processes()
         from hypersteer_jax.training.launch import launch
         from hypersteer_jax.training.ledger import process_start
 
@@ -151,8 +156,8 @@ def main() -> None:
         code = app.cli(prog="hypersteer", description=__doc__, config=(tyro.conf.CascadeSubcommandArgs,))
     except ConfigError as error:
         fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         # Imported here, when the command has long imported them: at the top they would make `--help` slow.
