@@ -36,7 +36,7 @@ from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache, open_cache
 from hypersteer_jax.training.flops import evaluation_interval
 from hypersteer_jax.training.ledger import account, account_table
-from hypersteer_jax.training.preemption import Notice
+from hypersteer_jax.training.preemption import LINGER, Notice
 from hypersteer_jax.training.train import Report, TrainState, init_state, new_state, train
 
 
@@ -64,6 +64,8 @@ def launch(
     """
     first, started = jax.process_index() == 0, started or time.time()
     console = console or Console(quiet=not first)
+    if notice is not None and first and jax.process_count() > 1:
+        notice.linger = LINGER
     if config.train.attention == "splash" and jax.default_backend() != "tpu":
         raise ConfigError(
             f"train.attention is splash, a kernel for TPUs, but the backend is {jax.default_backend()}; "

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not an error, start it again
+LINGER = 3.0  # seconds for which the first process outlasts the others: it is their coordinator, without it they crash
 RETRY = 5  # seconds, when the metadata server does not answer for a while
 
 # What the metadata server says, by path, when this machine is about to be taken away. Without an accelerator machines
@@ -41,6 +42,7 @@ class Notice:
 
     def __init__(self) -> None:
         self.told = False
+        self.linger = 0.0  # seconds before it leaves at once
         self._lock = threading.Lock()
         self._last_act: Callable[[], str] | None = lambda: "nothing to save yet; start it again"
 
@@ -61,6 +63,7 @@ class Notice:
                 code, message = 1, f"error: {source}, but {error}"
             print(message, file=sys.stderr, flush=True)
             sys.stdout.flush()
+            time.sleep(self.linger)
             os._exit(code)
 
     def leave_at_once(self, last_act: Callable[[], str]) -> None:
