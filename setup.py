@@ -51,6 +51,7 @@ TEST = [
     "pytest-xdist>=3.8,<4",  # pyproject.toml asks for two processes; 3.8 is the version tried
     "ruff>=0.17.6,<0.18",  # format and rules change with the minor
     "mypy>=2.4,<2.5",  # a new minor finds new errors
+    *AXBENCH,  # its tests build and read small data sets
     *ENDPOINT,  # its tests talk to a server of their own
 ]
 
@@ -74,7 +75,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hypersteer_jax", "hypersteer_jax.*"]),
-    package_data={"hypersteer_jax": ["data/tinyworld/*.json", "data/tinyworld/lm/*"]},
+    package_data={"hypersteer_jax": ["data/tinyworld/*.json", "data/tinyworld/lm/*", "data/axbench/*.jsonl"]},
     install_requires=CORE,
     extras_require={
         "axbench": AXBENCH,
