@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +16,8 @@ from hypersteer_jax.data.concepts import feature_of
 AXBENCH_COLUMNS = ("input", "output", "output_concept", "category")
 AXBENCH_EXTRA_COLUMNS = ("concept_id", "concept_genre", "sae_link")  # read where they are
 AXBENCH_CATEGORIES = ("positive", "negative", "hard negative")
+Genre = Literal["text", "code", "math"]
+GENRES: tuple[Genre, ...] = get_args(Genre)
 NO_CONCEPT = "EEEEE"  # AxBench's name for "no concept", on negatives
 SHOWN = 5  # bad rows in an error message; the rest are counted
 
@@ -85,6 +87,31 @@ def read_categories(path: Path) -> Counter[str]:
         DataError: no such file, not parquet, or without the columns of AxBench.
     """
     return Counter(_columns(path, ("category",))["category"])
+
+
+def read_instructions(path: Path) -> list[tuple[Genre, str]]:
+    """Genre and instruction of every row: a .jsonl file with `genre` and `instruction`, or a parquet file of AxBench.
+
+    Raises:
+        DataError: no such file, another form, no text, or a genre that is none of `GENRES`.
+    """
+    if path.suffix == ".parquet":
+        columns = _columns(path, ("concept_genre", "input"))
+        found = list(zip(columns["concept_genre"], columns["input"], strict=True))
+    else:
+        _check_exists(path)
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            found = [(line["genre"], line["instruction"]) for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path}: {error!r}; write {{"genre": ..., "instruction": ...}} on each line') from error
+    for number, (genre, instruction) in enumerate(found):
+        if genre not in GENRES or not isinstance(instruction, str) or not instruction.strip():
+            raise DataError(
+                f"{path}, row {number} (counted from 0): genre {_shown(genre)}, instruction {_shown(instruction)}; "
+                f"give text, and one of {', '.join(GENRES)}"
+            )
+    return found
 
 
 def _columns(path: Path, needed: tuple[str, ...], extra: tuple[str, ...] = ()) -> dict[str, list[Any]]:

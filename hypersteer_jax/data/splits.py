@@ -45,12 +45,12 @@ def split_concepts(examples: list[SteeringExample], held_out: int, seed: int) ->
 def sample_held_in(seen: Sequence[SteeringExample], limit: int, draw: random.Random) -> set[int]:
     """Indices of at most `limit` rows and a tenth: no concept's only row, and none that is there twice."""
     left = Counter(example.concept for example in seen)
-    twins = Counter(map(_row, seen))
+    twins = Counter(map(row_key, seen))
     sample: set[int] = set()
     for index in draw.sample(range(len(seen)), len(seen)):
         if len(sample) >= min(limit, len(seen) // 10):
             break
-        if left[seen[index].concept] > 1 and twins[_row(seen[index])] == 1:
+        if left[seen[index].concept] > 1 and twins[row_key(seen[index])] == 1:
             left[seen[index].concept] -= 1
             sample.add(index)
     return sample
@@ -103,7 +103,7 @@ def leaks(splits: Mapping[str, Sequence[SteeringExample]]) -> list[Leak]:
     kinds: dict[str, tuple[Callable[[SteeringExample], Any], Callable[[SteeringExample], str]]] = {
         "steering prompt": (lambda e: normalised(e.steering_prompt), lambda e: e.steering_prompt),
         "SAE feature": (lambda e: e.feature, lambda e: e.feature),
-        "row": (_row, lambda e: f"{e.steering_prompt} / {e.prompt[:60]}"),
+        "row": (row_key, lambda e: f"{e.steering_prompt} / {e.prompt[:60]}"),
     }
     found = []
     for kind, (key, show) in kinds.items():
@@ -116,7 +116,8 @@ def leaks(splits: Mapping[str, Sequence[SteeringExample]]) -> list[Leak]:
     return found
 
 
-def _row(example: SteeringExample) -> tuple[str, ...]:
+def row_key(example: SteeringExample) -> tuple[str, ...]:
+    """What two rows that are the same have in common."""
     texts = (" ".join(text.split()) for text in (example.prompt, example.response))
     return (normalised(example.steering_prompt), *texts)
 
