@@ -83,8 +83,8 @@ def read_source(source: Path) -> Splits:
 
 def count(rows: list[SteeringExample]) -> Counts:
     """Counts of one split."""
-    answers = {(example.prompt, example.response) for example in rows}
     distinct = {row_key(example) for example in rows}
+    answers = {(prompt, response) for _, prompt, response in distinct}
     return Counts(
         rows=len(rows),
         concepts=len({normalised(example.concept) for example in rows}),

@@ -116,10 +116,10 @@ def leaks(splits: Mapping[str, Sequence[SteeringExample]]) -> list[Leak]:
     return found
 
 
-def row_key(example: SteeringExample) -> tuple[str, ...]:
-    """What two rows that are the same have in common."""
-    texts = (" ".join(text.split()) for text in (example.prompt, example.response))
-    return (normalised(example.steering_prompt), *texts)
+def row_key(example: SteeringExample) -> tuple[str, str, str]:
+    """Steering prompt, prompt and response, which are equal where two rows count as the same."""
+    prompt, response = (" ".join(text.split()) for text in (example.prompt, example.response))
+    return normalised(example.steering_prompt), prompt, response
 
 
 def refuse_leaks(splits: Mapping[str, Sequence[SteeringExample]], source: str) -> None:
