@@ -27,7 +27,9 @@ from hypersteer_jax.data.splits import HELD_IN, HELD_OUT, TRAIN, Splits, find_li
 try:
     import tensorflow_datasets as tfds
 except ModuleNotFoundError as error:
-    raise DataError(f'{error.name} is not installed, and prepared data needs it; pip install ".[axbench]"') from error
+    raise DataError(
+        f'{error.name} is not installed, and prepared data needs it; pip install -e ".[axbench]" in a clone'
+    ) from error
 
 SPLITS = {TRAIN: "train", HELD_IN: "dev", HELD_OUT: "held_out"}  # names here, and there
 CELLS = ("steering_prompt", "prompt", "response", "feature")  # text of a row, as in `SteeringExample`
