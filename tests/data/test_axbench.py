@@ -190,7 +190,7 @@ SHORT = (
     "--train.steps",
     2,
     "--train.batch",
-    4,
+    16,
     "--train.eval-batches",
     1,
     "--data.buckets",
