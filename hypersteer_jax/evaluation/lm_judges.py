@@ -112,7 +112,7 @@ def proxy_judge(lm: LM, prompter: Prompter, name: str) -> Judge:
     instruction.
     """
     table = np.asarray(lm.embedding[...], np.float32)
-    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
 
     def rate(asks: Sequence[Ask]) -> Iterator[tuple[int, Rating]]:
         for index, ask in enumerate(asks):
