@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from hypersteer_jax.config import RECIPES, ConfigError, RunConfig
+from hypersteer_jax.config import RECIPES, ConfigError, JudgeConfig, RunConfig
 
 if TYPE_CHECKING:
     Recipe = RunConfig
@@ -126,6 +126,26 @@ def compare(
     from hypersteer_jax.evaluation.compare import run_comparison
 
     return 0 if run_comparison(form, steps, seed, out) else 1
+
+
+@app.command(name="judge")
+def judge(
+    source: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    config: Annotated[JudgeConfig, tyro.conf.arg(name="")],
+    preview: bool = False,
+) -> None:
+    """Rate generated texts on AxBench's three questions; what was rated before is not asked, or paid for, again.
+
+    Args:
+        source: a steering_data.parquet as AxBench writes it.
+        out: the same with ratings.
+        config: who rates, and what it may cost.
+        preview: say what it would cost, and stop.
+    """
+    from hypersteer_jax.evaluation.judge_file import judge_file
+
+    judge_file(source, out, config, preview)
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from hypersteer_jax.config import ConfigError
+
 PATIENCE = 60.0  # seconds to wait for another writer
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS judgements (
@@ -31,7 +33,7 @@ ON CONFLICT DO UPDATE SET reply = excluded.reply, score = excluded.score, failed
 """
 
 
-class CacheError(ValueError):
+class CacheError(ConfigError):
     """The file is not a cache of judgements; the message names it."""
 
 

@@ -23,13 +23,15 @@ import openai
 import tenacity
 from openai.types.chat import ChatCompletion
 
+from hypersteer_jax.config import ConfigError
+
 OPENAI = "https://api.openai.com/v1"
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds between tries: doubled each time, or what Retry-After says
 DOWN = 20  # calls that fail in a row before the endpoint is given up
 BYTES_PER_TOKEN = 3  # of a prompt not sent yet; English has 4 to 5 bytes a token, so that the estimate is high
 
 
-class EndpointError(ValueError):
+class EndpointError(ConfigError):
     """The endpoint cannot be used, or would cost more than allowed; the message names the setting and the fix."""
 
 

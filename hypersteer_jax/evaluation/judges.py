@@ -25,9 +25,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hypersteer_jax.evaluation.cache import Cache, Rating, make_key
+from hypersteer_jax.config import ConfigError
+from hypersteer_jax.evaluation.cache import Cache, Key, Rating, make_key
 
 if TYPE_CHECKING:
     from hypersteer_jax.evaluation.endpoint import Endpoint
@@ -43,7 +45,7 @@ NEEDED: dict[Question, tuple[str, ...]] = {
 }
 
 
-class JudgeError(ValueError):
+class JudgeError(ConfigError):
     """A judge cannot be made; the message names the file or setting, the value and the fix."""
 
 
@@ -88,6 +90,23 @@ class Judge(NamedTuple):
     preview: Callable[[Sequence[Ask]], str] = lambda asks: f"{len(asks):,} ratings, free"  # raises if too dear
 
 
+class Plan(NamedTuple):
+    """What has to be asked."""
+
+    keys: list[Key]  # of all ratings, those of an item together, in the order of `QUESTIONS`
+    scores: dict[Key, float | None]  # known; None is a failure
+    asks: dict[Key, Ask]  # not known yet
+
+
+def make_plan(judge: Judge, items: Sequence[Item], cache: Cache, retry_failures: bool = False) -> Plan:
+    """What `run_judge` would ask; `judge.preview(list(plan.asks.values()))` says what it costs."""
+    asks = [Ask(question, item, judge.prompt(question, item)) for item in items for question in QUESTIONS]
+    keys = [make_key(ask.prompt, ask.item.text) for ask in asks]
+    scores = cache.scores(judge.name)
+    done = {key for key, score in scores.items() if score is not None or not retry_failures}
+    return Plan(keys, scores, {key: ask for key, ask in zip(keys, asks, strict=True) if key not in done})
+
+
 def run_judge(
     judge: Judge,
     items: Sequence[Item],
@@ -104,17 +123,12 @@ def run_judge(
         retry_failures: ask again where the judge failed before.
         say: told what the run will cost before it begins, and of failures after it.
     """
-    asks = [Ask(question, item, judge.prompt(question, item)) for item in items for question in QUESTIONS]
-    keys = [make_key(ask.prompt, ask.item.text) for ask in asks]
-    scores = cache.scores(judge.name)
-    done = {key for key, score in scores.items() if score is not None or not retry_failures}
-    open_asks = {key: ask for key, ask in zip(keys, asks, strict=True) if key not in done}
-    open_keys = list(open_asks)
-    say(f"{judge.name}: {judge.preview(list(open_asks.values()))}; {len(set(keys) & done):,} known")
-    for index, rating in judge.rate(list(open_asks.values())):
-        key = open_keys[index]
-        cache.put(judge.name, open_asks[key].question, key, rating)
-        scores[key] = rating.score
+    keys, scores, open_asks = make_plan(judge, items, cache, retry_failures)
+    open_keys, asks = list(open_asks), list(open_asks.values())
+    say(f"{judge.name}: {judge.preview(asks)}; {len(set(keys)) - len(asks):,} known")
+    for index, rating in judge.rate(asks):
+        cache.put(judge.name, asks[index].question, open_keys[index], rating)
+        scores[open_keys[index]] = rating.score
     failed = sum(scores[key] is None for key in keys)
     if failed:
         say(f"{judge.name}: {failed:,} of {len(keys):,} ratings failed; their texts have no score")
@@ -203,7 +217,37 @@ def replay_judge(table: Mapping[Item, Judgement], name: str) -> Judge:
     return Judge(name, plain_prompt, rate)
 
 
-RATED = "_LMJudgeEvaluator_relevance_concept_ratings"  # column of a method in AxBench's files
+TEXT = "_steered_generation"  # end of the column with a method's texts in AxBench's files
+
+
+def rating_columns(method: str) -> list[str]:
+    """AxBench's columns of a method's ratings, in the order of `QUESTIONS`."""
+    return [
+        f"{method}_LMJudgeEvaluator_{what}_ratings"
+        for what in ("relevance_concept", "relevance_instruction", "fluency")
+    ]
+
+
+def read_texts(path: Path) -> tuple[pa.Table, dict[str, list[Item]]]:
+    """An AxBench `steering_data.parquet`: all of it, and the items of every method in it.
+
+    Raises:
+        JudgeError: no such file, not parquet, or without the columns that hold concepts, instructions and texts.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise JudgeError(f"{path} cannot be read as parquet: {error}") from error
+    methods = [name.removesuffix(TEXT) for name in table.column_names if name.endswith(TEXT)]
+    missing = [name for name in ("input_concept", "original_prompt") if name not in table.column_names]
+    if not methods or missing:
+        lacks = ", ".join(missing or [f"*{TEXT}"])
+        raise JudgeError(f"{path} lacks the columns {lacks}; give a steering_data.parquet as AxBench writes it")
+    columns = ("input_concept", "original_prompt")
+    items = {
+        method: list(map(Item, *(table[name].to_pylist() for name in (*columns, method + TEXT)))) for method in methods
+    }
+    return table, items
 
 
 def read_ratings(path: Path) -> dict[Item, Judgement]:
@@ -212,29 +256,22 @@ def read_ratings(path: Path) -> dict[Item, Judgement]:
     An AxBench run in suppression mode stores 2 - concept rating in this column; such files replay as they are stored.
 
     Raises:
-        JudgeError: no such file, not parquet, or without such columns.
+        JudgeError: as `read_texts`, or there are texts without ratings.
     """
-    try:
-        table = pq.read_table(path)
-    except (OSError, ValueError) as error:
-        raise JudgeError(f"replay: {path} cannot be read: {error}") from error
-    methods = [name.removesuffix(RATED) for name in table.column_names if name.endswith(RATED)]
-    if not methods:
-        raise JudgeError(f"replay: {path} has no column *{RATED}; give an AxBench evaluate/steering_data.parquet")
+    table, items = read_texts(path)
     ratings: dict[Item, Judgement] = {}
-    for method in methods:
-        judged = [
-            f"{method}_LMJudgeEvaluator_{name}_ratings"
-            for name in ("relevance_concept", "relevance_instruction", "fluency")
-        ]
-        names = ["input_concept", "original_prompt", f"{method}_steered_generation", *judged]
+    for method, rows in items.items():
+        names = rating_columns(method)
         missing = [name for name in names if name not in table.column_names]
         if missing:
-            raise JudgeError(f"replay: {path} lacks the columns {', '.join(missing)}")
-        for row in zip(*(table[name].to_pylist() for name in names), strict=True):
-            scores = (score if score is not None and LOWEST <= score <= HIGHEST else None for score in row[3:])
-            ratings.setdefault(Item(*row[:3]), Judgement(*scores))
+            raise JudgeError(f"{path} lacks the columns {', '.join(missing)}; give the file in the folder evaluate")
+        for item, scores in zip(rows, zip(*(table[name].to_pylist() for name in names), strict=True), strict=True):
+            ratings.setdefault(item, Judgement(*(_checked(score) for score in scores)))
     return ratings
+
+
+def _checked(score: float | None) -> float | None:
+    return score if score is not None and LOWEST <= score <= HIGHEST else None
 
 
 def table_name(path: Path) -> str:
