@@ -80,20 +80,22 @@ def _given(value: T | None, name: str, config: JudgeConfig) -> T:
 
 
 def _endpoint_judge(config: JudgeConfig) -> Judge:
+    paper, rubric = config.kind == "paper", load_rubric(config.rubric_file)
+    model = PAPER_MODEL if paper else _given(config.model, "model", config)
+    url = None if paper else _given(config.base_url, "base_url", config)
     if find_spec("openai") is None or find_spec("tenacity") is None:
         raise ConfigError(f'kind is {config.kind}, which needs openai; pip install -e ".[endpoint]" in a clone')
     from hypersteer_jax.evaluation.endpoint import OPENAI, Endpoint, Price
 
-    paper = config.kind == "paper"
     endpoint = Endpoint(
-        model=PAPER_MODEL if paper else _given(config.model, "model", config),
-        base_url=OPENAI if paper else _given(config.base_url, "base_url", config),
+        model=model,
+        base_url=url or OPENAI,
         key_variable=config.key_variable,
         temperature=config.temperature,
         price=None if config.price is None else Price(*config.price, date="as given"),
         workers=config.workers,
     )
-    return endpoint_judge(endpoint, load_rubric(config.rubric_file), config.max_cost)
+    return endpoint_judge(endpoint, rubric, config.max_cost)
 
 
 def judge_file(source: Path, out: Path, config: JudgeConfig, preview: bool = False) -> None:
