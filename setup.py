@@ -75,7 +75,14 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hypersteer_jax", "hypersteer_jax.*"]),
-    package_data={"hypersteer_jax": ["data/tinyworld/*.json", "data/tinyworld/lm/*", "data/axbench/*.jsonl"]},
+    package_data={
+        "hypersteer_jax": [
+            "data/tinyworld/*.json",
+            "data/tinyworld/lm/*",
+            "data/axbench/*.jsonl",
+            "evaluation/*.toml",
+        ]
+    },
     install_requires=CORE,
     extras_require={
         "axbench": AXBENCH,
