@@ -138,7 +138,8 @@ def check_room(run: Path | str, abstract: Any, config: RunConfig) -> None:
     """
     directory, train = run_path(run) / "checkpoints", config.train
     with _as_one(f"{directory} cannot be written ({{}}); give another `out`", CheckpointError):
-        existing = next(folder for folder in (directory, directory.parent) if folder.exists())
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        existing = directory if directory.exists() else directory.parent
         probe = existing / f"probe.{jax.process_index()}"
         probe.write_text("")
         probe.unlink()
@@ -147,9 +148,8 @@ def check_room(run: Path | str, abstract: Any, config: RunConfig) -> None:
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     kept = train.steps // math.lcm(train.save_every, train.keep_every) if train.save_every * train.keep_every else 0
     count = max(1, train.keep_last + 1 + kept - len(_finished(directory)))
-    unfinished = sum(
-        path.stat().length for part in directory.glob(UNFINISHED) for path in part.glob("**/*") if not path.is_dir()
-    )
+    parts = [path for part in Path(directory).glob(UNFINISHED) for path in part.rglob("*")]
+    unfinished = sum(path.stat().st_size for path in parts if path.is_file())  # will be cleared away
     free = shutil.disk_usage(existing).free + unfinished
     with _as_one("{}", CheckpointError):
         if count * size > free:
@@ -302,11 +302,13 @@ def _state(path: epath.Path, wanted: Any, stored: dict[str, list[Any]]) -> Any:
 
 def _writer(checkpoints: Checkpoints) -> ocp.training.Checkpointer:
     """What saves. Opening it clears away what an interrupted save left, and moves damaged checkpoints aside."""
+    if checkpoints.writer is not None and checkpoints.damaged:
+        checkpoints.writer.close()  # it knows the damaged ones as checkpoints
+        checkpoints.writer = None
     if checkpoints.writer is None:
         with _as_one("{}", OSError):
-            if jax.process_index() == 0:
-                for step in checkpoints.damaged:
-                    _move_aside(checkpoints.directory / str(step))
+            for step in checkpoints.damaged if jax.process_index() == 0 else ():
+                _move_aside(checkpoints.directory / str(step))
         checkpoints.damaged.clear()
         checkpoints.writer = ocp.training.Checkpointer(
             checkpoints.directory, preservation_policy=checkpoints.policy, cleanup_tmp_directories=True
@@ -315,8 +317,11 @@ def _writer(checkpoints: Checkpoints) -> ocp.training.Checkpointer:
 
 
 def _move_aside(path: epath.Path) -> None:
-    names = [f"{path.name}.damaged", *(f"{path.name}.damaged.{number}" for number in range(2, 100))]
-    path.rename(next(target for name in names if not (target := path.parent / name).exists()))
+    target, count = path.parent / f"{path.name}.damaged", 1
+    while target.exists():
+        count += 1
+        target = path.parent / f"{path.name}.damaged.{count}"
+    path.rename(target)
 
 
 def _failed(checkpoints: Checkpoints, step: int, error: Exception) -> CheckpointError:
@@ -326,8 +331,10 @@ def _failed(checkpoints: Checkpoints, step: int, error: Exception) -> Checkpoint
         with contextlib.suppress(Exception):  # it tells of the same failure again
             writer.close()
     steps = _finished(checkpoints.directory)
-    last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
-    return CheckpointError(f"{checkpoints.directory / str(step)}: could not be saved ({_reason(error)}); {last}")
+    last = (
+        f"the last good checkpoint is step {steps[-1]}: mend this, then --resume" if steps else "there is none before"
+    )
+    return CheckpointError(f"{checkpoints.directory / str(step)} could not be saved ({_reason(error)}); {last}")
 
 
 def _finished(directory: epath.Path) -> list[int]:
