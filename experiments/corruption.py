@@ -49,7 +49,7 @@ FILES = {
     "state/commit_success.txt": "the same of the state",
     "state/_METADATA": "names and kinds of the arrays; each name stands there twice, and one of the two is not read",
     "state/_sharding": "how the arrays were split; not read, because the new mesh says how they are to be split",
-    "state/array_metadatas/process_0": "how the arrays were split into pieces; needed neither as a whole nor to the letter",
+    "state/array_metadatas/process_0": "how the arrays were split into pieces; not all of it is needed",
     "state/manifest.ocdbt": "root of the index of all pieces",
     "state/d/*": "that index",
     "state/ocdbt.process_0/manifest.ocdbt": "root of the index of one process, not read after the commit",

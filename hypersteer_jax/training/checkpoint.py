@@ -173,6 +173,11 @@ def open_checkpoints(run: Path | str, keep_last: int = 3, keep_every: int = 0) -
     return Checkpoints(run_path(run) / "checkpoints", policies.AnyPreservationPolicy(kept))
 
 
+def stored(checkpoints: Checkpoints) -> list[int]:
+    """Steps of all finished checkpoints, ascending; the same on all processes."""
+    return _agreed(_finished(checkpoints.directory))
+
+
 def save(checkpoints: Checkpoints, step: int, state: Any, position: int | None = None, *, config: RunConfig) -> None:
     """Starts saving in the background; the arrays are copied before it returns, so they may be donated.
 
@@ -192,7 +197,7 @@ def save(checkpoints: Checkpoints, step: int, state: Any, position: int | None =
     record = {"position": position, "config": to_dict(config), "versions": _versions(), "arrays": _arrays(state)}
     try:
         writer = _writer(checkpoints)
-        if step not in _agreed(_finished(checkpoints.directory)):
+        if step not in stored(checkpoints):
             sealed = record | {"digest": _digest(record)}
             writer.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=sealed)
             checkpoints.saving = step
@@ -233,7 +238,7 @@ def restore(checkpoints: Checkpoints, abstract: Any, mesh: Mesh, say: Callable[[
 
     wanted = jax.tree.map(concrete, abstract, shardings(abstract, mesh))
     restored, reasons = None, []
-    for step in _agreed(_finished(checkpoints.directory))[::-1]:
+    for step in stored(checkpoints)[::-1]:
         path = checkpoints.directory / str(step)
         try:
             record = _record(path)
