@@ -186,7 +186,7 @@ class RunConfig:
     """One training run."""
 
     lm: str = "tinyworld"  # "tinyworld", a directory with weights, or a Hugging Face hub id
-    out: Path = Path("runs/default")
+    out: Path = Path("runs/default")  # or gs://BUCKET/FOLDER (see `checkpoint.run_path`)
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
