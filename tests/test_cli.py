@@ -74,7 +74,18 @@ def test_what_the_user_can_mend_is_one_message(monkeypatch, capsys, tmp_path, wo
 def test_train_resume_and_steer(monkeypatch, capsys, tmp_path):
     # The whole way of a user on the embedded world, with a run as short as can be.
     out = tmp_path / "run"
-    common = ("--out", out, "--train.batch", 8, "--train.save-every", 1, "--train.eval-batches", 1, "--data.buckets", 1)
+    common = (
+        "--out",
+        out,
+        "--train.batch",
+        16,
+        "--train.save-every",
+        1,
+        "--train.eval-batches",
+        1,
+        "--data.buckets",
+        1,
+    )
     assert run(monkeypatch, "train", "tinyworld", "--train.steps", 2, *common) == 0
     assert run(monkeypatch, "train", "tinyworld", "--train.steps", 2, *common) == 1
     assert "holds a run" in capsys.readouterr().err
