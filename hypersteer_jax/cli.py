@@ -282,8 +282,8 @@ def main() -> None:
         code = app.cli(prog="hypersteer", description=__doc__, config=(tyro.conf.CascadeSubcommandArgs,))
     except ConfigError as error:
         fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         # Imported here, when the command has long imported them: at the top they would make `--help` slow.

@@ -143,7 +143,7 @@ def check_room(run: Path | str, abstract: Any, config: RunConfig) -> None:
         probe = existing / f"probe.{jax.process_index()}"
         probe.write_text("")
         probe.unlink()
-    if _in_bucket(directory):
+    if in_bucket(directory):
         return
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     kept = train.steps // math.lcm(train.save_every, train.keep_every) if train.save_every * train.keep_every else 0
@@ -358,7 +358,8 @@ def _agreed(steps: list[int]) -> list[int]:
     return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
 
 
-def _in_bucket(path: epath.Path) -> bool:
+def in_bucket(path: epath.Path) -> bool:
+    """Whether a path is not of a disk."""
     return "://" in str(path)
 
 
