@@ -19,8 +19,9 @@ if ! "$dry_run"; then
 fi
 run git -C "$clone" archive --output="$archive/code.tar.gz" HEAD
 run gcloud storage cp --no-clobber "$archive/code.tar.gz" "$run_dir/code.tar.gz"
+run gcloud storage cp "$run_dir/code.tar.gz" "$archive/kept.tar.gz"
 if ! "$dry_run"; then
-    commit="$(gcloud storage cat "$run_dir/code.tar.gz" | gunzip -c | git get-tar-commit-id)"
+    commit="$(git get-tar-commit-id < <(gunzip -c "$archive/kept.tar.gz" 2>/dev/null))"
     say "the code of $NAME is commit $commit"
     [[ "$commit" == "$(git -C "$clone" rev-parse HEAD)" ]] || say "note: that is not this clone's HEAD any more"
 fi

@@ -5,6 +5,7 @@ Its weights are a chain of hashes, so that a step that is lost or done twice sho
 
 import argparse
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -52,6 +53,10 @@ def main() -> int:
             return 1
         time.sleep(0.02)
         weights = hashlib.sha256(weights + step.to_bytes(4)).digest()
+        if first:
+            args.out.mkdir(parents=True, exist_ok=True)
+            with (args.out / "metrics.jsonl").open("a") as metrics:
+                print(json.dumps({"step": step}), file=metrics)
         step += 1
     save()
     return 0
