@@ -66,6 +66,7 @@ class Rehearsal:
         }
         if trainer == "fake":
             os.environ["STUB_TRAINER"] = str(STUBS / "fake_trainer.py")
+        assert Path(str(shutil.which("gcloud"))).parent == STUBS  # never the real one
 
     def settings(self, name: str, **changes: str) -> Path:
         """Writes the settings file of a run."""

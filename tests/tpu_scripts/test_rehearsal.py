@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def rehearsal(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in ("PATH", "STUB_CLOUD", "STUB_PORT", "STUB_TRAINER"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that it is restored
     monkeypatch.syspath_prepend(STUBS)
     monkeypatch.delitem(sys.modules, "cloud", raising=False)
     module = load(CLONE / "experiments/rehearsal.py")
@@ -52,7 +53,7 @@ def test_a_preempted_run_ends_with_the_weights_of_one_left_alone(tmp_path):
 
 
 def test_a_run_that_fails_by_itself_is_not_tried_again(rehearsal):
-    rehearsal.start("bad", TRAIN=f"({rehearsal.trainer} --fail-at 5)")
+    rehearsal.start("bad", TRAIN="(fake --train.steps 20 --fail-at 5)")
     rehearsal.script("", "launch", "bad")
     said = rehearsal.script("", "watch", "bad", code=1)
     assert "bad-w-0 exit 1" in said
@@ -63,7 +64,7 @@ def test_a_run_that_fails_by_itself_is_not_tried_again(rehearsal):
 
 
 def test_a_run_that_was_told_to_go_continues_on_a_tpu_that_stays(rehearsal):
-    rehearsal.start("told")
+    rehearsal.start("told", TRAIN="(fake --train.steps 20 --pause-at 5)")
     rehearsal.script("", "launch", "told")
     wait_for_step(rehearsal, "told", 5)
     for trainer in vms(rehearsal):
@@ -83,7 +84,7 @@ def test_restarts_are_bounded(rehearsal):
 
 
 def test_stop_saves_and_clears_and_launch_continues_on_two_slices(rehearsal):
-    rehearsal.start("two", SLICES="2")
+    rehearsal.start("two", SLICES="2", TRAIN="(fake --train.steps 20 --pause-at 5)")
     assert len(vms(rehearsal)) == 4
     rehearsal.script("", "launch", "two")
     wait_for_step(rehearsal, "two", 5)

@@ -1,6 +1,7 @@
 """Stands in for `hypersteer train`: counts steps, saves, and leaves on SIGTERM as it does, in milliseconds.
 
-Its weights are a chain of hashes, so that a step that is lost or done twice shows. `--fail-at` makes it fail by itself.
+Its weights are a chain of hashes, so that a step that is lost or done twice shows. `--fail-at` makes it fail by itself,
+`--pause-at` makes it wait there to be told to go.
 """
 
 import argparse
@@ -20,6 +21,7 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("--train.steps", dest="steps", type=int, required=True)
     parser.add_argument("--fail-at", type=int)
+    parser.add_argument("--pause-at", type=int)
     parser.add_argument("--multihost", action="store_true", required=True)
     parser.add_argument("--mesh.slices", type=int)
     parser.add_argument("--out", type=Path, required=True)
@@ -45,6 +47,8 @@ def main() -> int:
             part.rename(checkpoints / str(step))
 
     while step < args.steps:
+        while step == args.pause_at and not (told or args.resume):
+            time.sleep(0.02)
         if told:
             save()
             return 75
