@@ -3,16 +3,15 @@
     python experiments/rehearsal.py                  about 5 minutes on 2 cores
     python experiments/rehearsal.py --trainer fake   seconds: a counter in place of the training
 
-The scripts run as they are; `gcloud` is a stub (tests/tpu_scripts/stubs) that checks its flags and keeps TPUs and buckets
-in a folder. A TPU has two workers, which are processes of this machine with four CPU devices each. One run is left alone;
-another is taken away amid its steps (SIGTERM, 20 s of grace, SIGKILL, disks lost), and watch.sh has to make the TPU again
-and to continue. Before that, preflight.sh has to refuse what is broken on purpose.
+The scripts run as they are; `gcloud` is a stub (tests/tpu_scripts/stubs) that checks its flags and keeps TPUs and
+buckets in a folder. A TPU has two workers, which are processes of this machine with four CPU devices each. One run is
+left alone; another is taken away amid its steps (SIGTERM, grace, SIGKILL, disks lost), and watch.sh has to make the TPU
+again and to continue. Before that, preflight.sh has to refuse what is broken on purpose.
 Expected: every refusal names the worker and the fix, and all final weights are equal, bit for bit.
 What came out: experiments/results/rehearsal.md, which this script writes.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -151,7 +150,7 @@ def refusals(rehearsal: Rehearsal, run: str) -> None:
             "another version of jax",
             lambda: packages.write_text(kept.replace("jax==0.10.2", "jax==0.10.1")),
             lambda: packages.write_text(kept),
-            rf"problem versions differ.*\nversions {run}-w-0 .*jax==0\.10\.2.*\nversions {run}-w-1 .*jax==0\.10\.1",
+            rf"versions differ.*\n{run}-w-0 .*jax==0\.10\.2.*\n{run}-w-1 .*jax==0\.10\.1",
         ),
     ]
     for what, damage, mend, expected in breaks:
@@ -172,9 +171,9 @@ def preempt(rehearsal: Rehearsal, run: str, step: int) -> None:
             raise RuntimeError(f"{run} made no {step} steps in 10 minutes")
         time.sleep(0.05)
     seconds = cloud.take_away(run, GRACE)
-    saved = max(int(path.name) for path in (rehearsal.run_dir(run) / "checkpoints").iterdir() if path.name.isdigit())
     told = "saved and left by itself" if seconds < GRACE else "was killed"
-    rehearsal.record(f"{run}: taken away after step {step}", "-", seconds, f"{told}; newest checkpoint: step {saved}")
+    what = f"{told}; newest checkpoint: step {newest(rehearsal.run_dir(run))}"
+    rehearsal.record(f"{run}: taken away after step {step}", "-", seconds, what)
     begin = time.monotonic()
     code = watch.wait()
     rehearsal.record(f"{run}: made again, continued, finished", "watch", time.monotonic() - begin, f"exit code {code}")
@@ -182,9 +181,14 @@ def preempt(rehearsal: Rehearsal, run: str, step: int) -> None:
         raise RuntimeError(f"watch.sh ended with {code}")
 
 
+def newest(run: Path) -> int:
+    """Step of a run's last checkpoint."""
+    return max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
 def weights(run: Path) -> dict[str, np.ndarray]:
     """All arrays of a run's last checkpoint."""
-    last = max((path for path in (run / "checkpoints").iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    last = run / "checkpoints" / str(newest(run))
     if (last / "weights").is_file():
         return {f"fake weights after step {last.name}": np.frombuffer((last / "weights").read_bytes(), np.uint8)}
     raise NotImplementedError
@@ -204,8 +208,8 @@ def report(rehearsal: Rehearsal, arrays: dict[str, np.ndarray], equal: bool) -> 
 `python experiments/rehearsal.py`: the scripts of `tpu_scripts/` with a stub `gcloud`, on {WORKERS} workers with
 {cloud.DEVICES} CPU devices each: `hypersteer train {rehearsal.trainer} --multihost`. `GRACE` is {GRACE:.0f} s.
 
-Final weights, moments and step ({len(arrays)} arrays, {size / 1e6:.1f} MB) of the preempted run and of the run that was left
-alone: **{"equal, bit for bit" if equal else "DIFFERENT"}**.
+Final weights, moments and step ({len(arrays)} arrays, {size / 1e6:.1f} MB) of the preempted run and of the one left alone:
+**{"equal, bit for bit" if equal else "DIFFERENT"}**.
 
 | what | script | seconds | result |
 | --- | --- | ---: | --- |
@@ -217,7 +221,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", choices=("real", "fake"), default="real")
-    parser.add_argument("--out", type=Path, help="folder of the cloud, its bucket and its workers; a temporary one if not given")
+    parser.add_argument("--out", type=Path, help="folder of the cloud; a temporary one if not given")
     parser.add_argument("--report", type=Path, default=CLONE / "experiments/results/rehearsal.md")
     args = parser.parse_args()
     folder = (args.out or Path(tempfile.mkdtemp(prefix="rehearsal-"))).resolve()

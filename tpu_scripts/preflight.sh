@@ -15,17 +15,20 @@ if "$dry_run"; then
 fi
 code=0
 found="$(on_worker "preflight.sh $run_dir $PORT $FREE_GB $workers")" || code=$?
-grep '^problem ' <<<"$found" | sort || true
-reached="$(grep -c '^versions ' <<<"$found" || true)"
-((code == 0 && reached == workers)) || say "$reached of $workers workers answered (ssh's exit code $code); heard from:" \
-    "$(awk '/^versions / { print $2 }' <<<"$found" | sort | tr '\n' ' ')"
-kinds="$(sed -n 's/^versions [^ ]* //p' <<<"$found" | sort -u | wc -l)"
-if ((kinds > 1)); then
-    echo "problem versions differ; run tpu_scripts/setup.sh again:"
-    grep '^versions ' <<<"$found" | sort
+problems="$(grep '^problem ' <<<"$found" | sort || true)"
+versions="$(sed -n 's/^versions //p' <<<"$found" | sort)"  # HOST and the rest
+answered="$(grep -c . <<<"$versions" || true)"
+kinds="$(cut -d ' ' -f 2- <<<"$versions" | sort -u)"
+if ((code != 0 || answered != workers)); then
+    say "only $answered of $workers workers answered (ssh ended with $code; was setup.sh run?): $(cut -d ' ' -f 1 \
+        <<<"$versions" | xargs)"
+elif (($(wc -l <<<"$kinds") > 1)); then
+    say "versions differ; run tpu_scripts/setup.sh again:"
+    echo "$versions"
+elif [[ -z "$problems" ]]; then
+    say "$workers workers are ready: $kinds"
+    exit
 fi
-if ((code != 0 || reached != workers || kinds != 1)) || grep -q '^problem ' <<<"$found"; then
-    say "refused"
-    exit 2
-fi
-say "$workers workers are ready: $(sed -n 's/^versions [^ ]* //p;q' <<<"$found")"
+[[ -z "$problems" ]] || echo "$problems"
+say "refused"
+exit 2

@@ -17,7 +17,7 @@ missing=false  # whether the TPU is still to be made again
 # One word for what the workers say, in `now`; the whole of it in `answers`. A worker counts as preempted that saved
 # itself because it was told to go (exit code 75), was restarted (gone), stopped for a restart (lost) or missed (none).
 look() {
-    answers="$(on_worker status.sh | sed -n 's/^status //p' || true)"
+    answers="$(on_worker status.sh 2>/dev/null | sed -n 's/^status //p' || true)"
     if (($(grep -c . <<<"$answers") < workers)); then now=silent
     elif grep -q ' stopped$' <<<"$answers"; then now=stopped
     elif ! grep -qv ' exit 0$' <<<"$answers"; then now=finished

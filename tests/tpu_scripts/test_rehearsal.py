@@ -12,7 +12,8 @@ import pytest
 from tests.tpu_scripts.test_scripts import CLONE, STUBS, load
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/environ").exists(), reason="finds a worker's processes in /proc; not run: whole runs of the scripts"
+    not Path("/proc/self/environ").exists(),
+    reason="the stubs find a worker's processes in /proc; not run: whole runs of the scripts",
 )
 
 
@@ -36,8 +37,9 @@ def made(rehearsal) -> int:
 
 
 def wait_for_step(rehearsal, run: str, step: int) -> None:
-    metrics = rehearsal.run_dir(run) / "metrics.jsonl"
+    metrics, deadline = rehearsal.run_dir(run) / "metrics.jsonl", time.monotonic() + 60
     while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 

@@ -21,8 +21,8 @@ SETTINGS = sorted(path.stem for path in GOLDENS.glob("*.sh"))
 
 
 def script(name: str, *words: str | Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [str(SCRIPTS / f"{name}.sh"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": path or os.environ["PATH"]})
+    command, environment = [str(SCRIPTS / f"{name}.sh"), *map(str, words)], {"PATH": path or os.environ["PATH"]}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def dry_run(name: str, settings: str, path: str | None = None) -> str:
@@ -70,7 +70,7 @@ def test_help_needs_no_settings(name):
         ({"NAME": "NAME=My_Run\n"}, "NAME is 'My_Run' .* small letters"),
         ({"BUCKET": "BUCKET=my-bucket\n"}, "BUCKET is 'my-bucket' .* gs://BUCKET"),
         ({"BUCKET": "BUCKET=gs://my-bucket/\n"}, "BUCKET is 'gs://my-bucket/' .* without a slash at its end"),
-        ({"ACCELERATOR": "ACCELERATOR=v5e-16\n"}, "ACCELERATOR is v5e-16, .*topologies.txt; these are: .* v5litepod-16 "),
+        ({"ACCELERATOR": "ACCELERATOR=v5e-16\n"}, "ACCELERATOR is v5e-16, .*topologies.txt; .* v5litepod-16 "),
         ({"CAPACITY": "CAPACITY=cheap\n"}, "CAPACITY is 'cheap' .* spot, on-demand, reserved or flex-start"),
         ({"CAPACITY": "CAPACITY=flex-start\n"}, "MAX_RUN is 'none' .* hours or days"),
         ({"MAX_RUN": "MAX_RUN=2d\n"}, "MAX_RUN is '2d' .* none, because CAPACITY is spot"),

@@ -18,7 +18,8 @@ SECONDS = 60
 def metadata(key: str) -> str:
     """An attribute of this VM."""
     url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{key}"
-    with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=10) as answer:
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return answer.read().decode()
 
 
