@@ -247,6 +247,9 @@ def check(config: RunConfig, lm: LMConfig) -> None:
         ConfigError: naming the field, its value and the fix.
     """
     hypernet, steering, data, train = config.hypernet, config.steering, config.data, config.train
+    for name, devices in dataclasses.asdict(config.mesh).items():
+        if devices is not None and devices < 1:
+            raise ConfigError(f"mesh.{name} is {devices}; give at least 1")
     if not steering.layers or list(steering.layers) != sorted(set(steering.layers)):
         raise ConfigError(f"steering.layers is {steering.layers}; give one or more layers, ascending, each once")
     if not 0 <= steering.layers[0] <= steering.layers[-1] < lm.layers:
@@ -270,6 +273,13 @@ def check(config: RunConfig, lm: LMConfig) -> None:
             raise ConfigError(f"hypernet.{name} is {value}; give at least 1")
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"hypernet.heads is {shape.heads}; give a multiple of the {shape.kv_heads} key/value heads")
+    for name in SIZES:  # heads, key/value heads and MLP width are what `tensor` splits
+        for owner, values in (("the base LM", lm), ("the hypernetwork", shape)):
+            if getattr(values, name) % config.mesh.tensor:
+                raise ConfigError(
+                    f"mesh.tensor is {config.mesh.tensor}, which does not divide {owner}'s {name} = "
+                    f"{getattr(values, name)}; give a divisor"
+                )
     _check_selection(config.selection)
     positive = {
         "train.steps": train.steps,

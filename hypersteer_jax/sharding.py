@@ -1,41 +1,86 @@
 """The mesh and the named specs: the only place that knows axis names.
 
-Axes are Explicit, so an array's type carries its sharding and Adam's moments inherit the parameters'. Batches are split
-over `data` and `fsdp`; weights are stored split over `fsdp` and gathered just before use (`gather`), one block at a
-time inside the scan over blocks.
+Axes are Explicit, so an array's type carries its sharding and Adam's moments inherit the parameters'. Three ways of
+splitting, any of which may be 1:
+
+    data      copies of everything but the batch; over several TPU slices it is the axis that crosses between them
+    fsdp      the batch, and every stored weight, gathered one block at a time just before use (`gather`)
+    tensor    heads and MLP width of each block, and the vocabulary of the logits; never the batch
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from hypersteer_jax.config import ConfigError
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))  # the leading axis of every array of a SteeringBatch
+BATCH_AXES = ("data", "fsdp")
+BATCH = P(BATCH_AXES)  # the leading axis of every array of a SteeringBatch
+
+# The axis that `tensor` splits, counted from the end, because blocks are stacked in front: heads, or MLP width. All
+# other weights are whole where they are used.
+SPLIT = {
+    **{
+        f"{part}.{name}": -2
+        for part in ("attention", "cross")
+        for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias")
+    },
+    **{f"{part}.o": -3 for part in ("attention", "cross")},
+    **{f"mlp.{name}": axis for name, axis in (("gate", -1), ("up", -1), ("down", -2))},
+}
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int | None = 1, tensor: int = 1, slices: int = 1, devices: list[Any] | None = None
+) -> Mesh:
     """A mesh with Explicit axes.
 
+    Args:
+        data: devices of this axis, over all slices.
+        fsdp: likewise; None takes all devices that are left.
+        tensor: likewise.
+        slices: TPU slices (or, where devices do not know theirs, processes) that the data axis runs over, so that only
+            its traffic, one sum of gradients a step, crosses between them.
+        devices: all of all processes if not given.
+
     Raises:
-        ValueError: there are fewer devices than data * fsdp * tensor.
+        ConfigError: there are fewer devices, several processes of which some would be idle, or the slices do not fit.
     """
     devices = list(jax.devices() if devices is None else devices)
-    size = data * fsdp * tensor
+    if fsdp is None:
+        fsdp = max(1, len(devices) // (data * tensor))
+    shape = (data, fsdp, tensor)
+    size = math.prod(shape)
+    asked = f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor}"
     if size > len(devices):
-        raise ValueError(
-            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {size} devices, {len(devices)} found"
+        raise ConfigError(f"{asked} needs {size} devices, {len(devices)} found; lower one of mesh.*")
+    if size < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise ConfigError(f"{asked} leaves {len(devices) - size} of {len(devices)} devices idle; use all (mesh.*)")
+    kinds = (AxisType.Explicit,) * 3
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices[:size])
+    known = hasattr(devices[0], "slice_index")
+    found = len({device.slice_index if known else device.process_index for device in devices})
+    if data % slices or found != slices:
+        raise ConfigError(
+            f"mesh.slices is {slices} and mesh.data {data}; the devices are in {found} slices, and mesh.data has to be "
+            "a multiple of them"
         )
-    kinds = (jax.sharding.AxisType.Explicit,) * 3
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds, devices=devices[:size])
+    inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+    return Mesh(create_hybrid_device_mesh(inside, across, devices, process_is_granule=not known), AXES, kinds)
 
 
 def mesh_is_set() -> bool:
@@ -43,42 +88,137 @@ def mesh_is_set() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def weight_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Spec of a stored weight: its largest axis that `fsdp` divides is split, everything else whole."""
-    ways = mesh.shape["fsdp"]
-    axes = [axis for axis in range(len(shape)) if shape[axis] % ways == 0 and shape[axis] > 1]
-    if ways == 1 or not axes:
+def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Spec of a stored weight, or of a moment of Adam's.
+
+    Weights of `SPLIT` are split there by `tensor`, and once more, along the largest other axis that it divides, by
+    `fsdp`. All other matrices are split along their largest axis that both together divide, or one of them, or not at
+    all; tables to look up in by their columns (`look_up`). The blocks of a stack stay together, for they are used one
+    after the other, and vectors stay whole: each would cost an exchange of its own, and they are small.
+
+    Args:
+        name: path in the module, such as "blocks.attention.q"; whatever stands before it does not matter.
+        shape: of the whole array.
+        mesh: whose axis sizes count.
+    """
+    axes = list(range("blocks." in name, len(shape)))
+    if len(axes) < 2:
         return P()
-    split = max(axes, key=lambda axis: shape[axis])
-    return P(*("fsdp" if axis == split else None for axis in range(len(shape))))
+    if name.endswith("embedding"):
+        axes = axes[-1:]
+    ways = [axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1]
+    parts: dict[int, Any] = {}
+    split = next((axis % len(shape) for end, axis in SPLIT.items() if name.endswith(end)), None)
+    if split is not None and "tensor" in ways:
+        ways.remove("tensor")
+        axes.remove(split)
+        parts[split] = "tensor"
+    for names in (tuple(ways), *((way,) for way in ways)):
+        count = math.prod(mesh.shape[way] for way in names)
+        fitting = [axis for axis in axes if count > 1 and shape[axis] % count == 0]
+        if fitting:
+            parts[max(fitting, key=lambda axis: shape[axis])] = names if len(names) > 1 else names[0]
+            break
+    return P(*(parts.get(axis) for axis in range(len(shape)))) if parts else P()
+
+
+def shardings(tree: T, mesh: Mesh) -> T:
+    """The same tree with the NamedSharding of each array, by `weight_spec`; arrays may be abstract."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        return NamedSharding(mesh, weight_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def shard_weights(tree: T, mesh: Mesh) -> T:
     """Places every array of a module or optimizer state by `weight_spec`."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, weight_spec(x.shape, mesh))), tree)
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+class Share(NamedTuple):
+    """What this process holds of every batch: some of the equal parts that it is split into, one part to a device."""
+
+    ways: int = 1
+    own: tuple[int, ...] = (0,)
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """This process's parts of an array with a leading batch axis."""
+        return np.concatenate([np.split(array, self.ways)[part] for part in self.own])
+
+
+def share_of(mesh: Mesh) -> Share:
+    """This process's share of the batches on a mesh."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((ways,)).values()
+    return Share(ways, tuple(sorted({place[0].start or 0 for place in places if place is not None})))
 
 
 def shard_batch(batch: T, mesh: Mesh) -> T:
-    """Places every array of a host batch with its leading axis over `data` and `fsdp`."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, BATCH)), batch)
+    """Places every array of a batch with its leading axis over `data` and `fsdp`; of each, this process has its share.
+
+    Raises:
+        ValueError: a leading axis is not a multiple of the devices.
+    """
+    share, sharding = share_of(mesh), NamedSharding(mesh, BATCH)
+
+    def place(x: np.ndarray) -> Array:
+        whole = (len(x) * share.ways // len(share.own), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, whole)
+
+    return jax.tree.map(place, batch)
 
 
 def gather(weights: T) -> T:
-    """Whole weights from stored ones, for the computation that follows. The gradient is scattered back by itself."""
+    """Weights as a computation uses them: whole, but for the heads and the MLP width that `tensor` splits.
+
+    The gradient is scattered back by itself.
+    """
     if not mesh_is_set():
         return weights
-    return jax.tree.map(lambda w: jax.sharding.reshard(w, P()), weights)
+    return jax.tree.map(lambda w: jax.sharding.reshard(w, P(*(a if a == "tensor" else None for a in spec(w)))), weights)
+
+
+def gather_vocabulary(head: Float[Array, "V D"] | Float[Array, "D V"], axis: int) -> Array:
+    """The head as the logits use it: its vocabulary axis split by `tensor`, where that divides it, and else whole."""
+    if not mesh_is_set():
+        return head
+    divides = head.shape[axis] % jax.sharding.get_abstract_mesh().shape["tensor"] == 0
+    return jax.sharding.reshard(head, P(*("tensor" if divides and at == axis else None for at in range(2))))
+
+
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a stored table. Its columns stay where they are: the tokens come to them, and what was read goes back.
+
+    Moving the tokens and their embeddings is a small part of moving a table of 256,000 rows, and so for its gradient.
+    """
+    if not mesh_is_set():
+        return table[tokens]
+    columns = spec(table)[1]
+    if columns is None:
+        return gather(table).at[tokens].get(out_sharding=BATCH)
+    rows = jax.sharding.reshard(tokens, P("data"))
+    x = table.at[rows].get(out_sharding=P("data", None, columns))
+    # In two steps, each of which is one exchange; from here to there at once, the compiler would replicate it.
+    x = jax.sharding.reshard(x, P("data", None, "fsdp" if "fsdp" in columns else None))
+    return jax.sharding.reshard(x, BATCH)
+
+
+def spec(x: Array) -> P:
+    """How an array is split, by its type, under `jax.set_mesh`: one entry for each axis."""
+    return jax.typeof(x).sharding.spec
 
 
 def batch_spec() -> P | None:
-    """Output spec for gathers whose result has a leading batch axis; None without a mesh."""
+    """Output spec for operations whose result has a leading batch axis; None without a mesh."""
     return BATCH if mesh_is_set() else None
 
 
 def batch_ways() -> int:
     """Among how many devices a batch is split; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in BATCH[0]) if mesh_is_set() else 1
+    return math.prod(shape[axis] for axis in BATCH_AXES) if mesh_is_set() else 1
 
 
 def regroup(x: Array, *shape: int) -> Array:
@@ -86,11 +226,12 @@ def regroup(x: Array, *shape: int) -> Array:
     return jnp.reshape(x, shape, out_sharding=batch_spec())
 
 
-def on_own_rows(function: F) -> F:
-    """`function` of arrays with a leading batch axis, run by each device on its own rows.
+def on_own_part(function: F, *arrays: Array) -> Array:
+    """`function` of these arrays, run by each device on its own part; the result is split like the first.
 
     For kernels: the compiler cannot split them over a mesh, and they do not say along which axes their results vary.
     """
     if not mesh_is_set():
-        return function
-    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
+        return function(*arrays)
+    specs = tuple(map(spec, arrays))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

@@ -15,6 +15,7 @@ R scored tokens of a sequence, P steering prompt.
 """
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
@@ -26,7 +27,9 @@ from jaxtyping import Bool, Float, Int
 from hypersteer_jax.config import DataConfig, SteeringConfig
 from hypersteer_jax.data.batch import DataError, SteeringBatch, SteeringExample
 from hypersteer_jax.data.prompts import Prompter, Tokens
+from hypersteer_jax.sharding import Share
 
+ALL = Share()  # of a batch: there is one process
 MULTIPLE = 8  # every static length is rounded up to it, the sublane count of a TPU tile
 
 Length = TypeVar("Length", int, np.ndarray)
@@ -221,9 +224,9 @@ def bucket_lengths(lengths: Int[np.ndarray, " N"], count: int) -> list[int]:
     return used[::-1]
 
 
-def _round_up(length: Length) -> Length:
-    """The next multiple of 8, at or above `length`."""
-    return -(-length // MULTIPLE) * MULTIPLE
+def _round_up(length: Length, multiple: int = MULTIPLE) -> Length:
+    """The next multiple at or above `length`."""
+    return -(-length // multiple) * multiple
 
 
 def computed_tokens(layout: Layout) -> tuple[int, int]:
@@ -239,8 +242,13 @@ def padding_report(rows: Rows, layout: Layout) -> tuple[float, float]:
     return float(rows.lengths[placed].sum() / sequences), sum(len(rows.concepts[row]) for row in placed) / concepts
 
 
-def collate(rows: Rows, sequences: Int[np.ndarray, "S K"], bucket: Bucket) -> SteeringBatch:
-    """These sequences of rows as one batch of the bucket's shape, which must hold each of them."""
+def collate(rows: Rows, sequences: Int[np.ndarray, "S K"], bucket: Bucket, share: Share = ALL) -> SteeringBatch:
+    """These sequences of rows as one batch of the bucket's shape, which must hold each of them.
+
+    Of a batch that several processes share, only this one's part is made.
+    """
+    whole = sequences.ravel()
+    sequences = share.of(sequences)
     flat = sequences.ravel()
     lengths, prompts = rows.lengths[sequences], rows.prompt_lengths[sequences]
     responses = lengths - prompts
@@ -263,9 +271,10 @@ def collate(rows: Rows, sequences: Int[np.ndarray, "S K"], bucket: Bucket) -> St
     context = np.arange(bucket.context, dtype=np.int32)
     context_mask = context < prompts.reshape(-1, 1)
     if rows.context:
-        concepts, concept_row = [rows.concepts[row] for row in flat], np.arange(len(flat))
+        concepts, concept_row = [rows.concepts[row] for row in flat], share.of(np.arange(len(whole)))
     else:
-        concepts, concept_row = _distinct(rows, flat)
+        distinct, concept_row = _distinct(rows, whole, share.ways)
+        concepts, concept_row = [rows.concepts[row] for row in share.of(distinct)], share.of(concept_row)
     concept_mask = np.arange(bucket.concept) >= bucket.concept - np.array([len(c) for c in concepts])[:, None]
     concept_tokens = np.full(concept_mask.shape, rows.pad_id, np.int32)
     concept_tokens[concept_mask] = np.concatenate(concepts)
@@ -301,16 +310,17 @@ def _steered(rows: Rows, position: Int[np.ndarray, "S T"], prompt: Int[np.ndarra
             return position >= prompt
 
 
-def _distinct(rows: Rows, flat: Int[np.ndarray, " B"]) -> tuple[list[Tokens], Int[np.ndarray, " B"]]:
-    """Each steering prompt of the batch once, and which of them is whose.
+def _distinct(
+    rows: Rows, flat: Int[np.ndarray, " B"], ways: int
+) -> tuple[Int[np.ndarray, " U"], Int[np.ndarray, " B"]]:
+    """A row for each steering prompt of the batch, and which of them is whose.
 
-    Their number is the same in every batch: that of all the data, or that of the rows if it is smaller. Places left
-    over repeat the first prompt.
+    Their number is the same in every batch: that of all the data, or that of the rows if it is smaller; as the rows, it
+    is a multiple of the devices that share them. Places left over repeat the first.
     """
     _, firsts, concept_row = np.unique(rows.concept_ids[flat], return_index=True, return_inverse=True)
-    places = min(len(flat), _round_up(int(rows.concept_ids.max()) + 1))
-    concepts = [rows.concepts[flat[first]] for first in firsts]
-    return concepts + concepts[:1] * (places - len(concepts)), concept_row
+    places = min(len(flat), _round_up(int(rows.concept_ids.max()) + 1, math.lcm(MULTIPLE, ways)))
+    return flat[np.append(firsts, np.repeat(firsts[:1], places - len(firsts)))], concept_row
 
 
 def epoch_plan(
@@ -348,6 +358,7 @@ class BatchSource:
     layout: Layout
     batch: int  # sequences, S
     seed: int
+    share: Share = ALL
 
     def __len__(self) -> int:
         return sys.maxsize  # endless, as Grain writes it
@@ -355,7 +366,7 @@ class BatchSource:
     def __getitem__(self, index: int) -> SteeringBatch:
         epoch, position = divmod(index, len(self.layout.sequences) // self.batch)
         bucket, indices = _cached_plan(self, epoch)[position]
-        return collate(self.rows, self.layout.sequences[indices], self.layout.buckets[bucket])
+        return collate(self.rows, self.layout.sequences[indices], self.layout.buckets[bucket], self.share)
 
 
 @functools.lru_cache(maxsize=4)  # prefetching threads stand on both sides of an epoch's end
@@ -363,11 +374,14 @@ def _cached_plan(source: BatchSource, epoch: int) -> list[tuple[int, Int[np.ndar
     return epoch_plan(source.layout.bucket_of, source.batch, source.seed, epoch)
 
 
-def iterator(rows: Rows, layout: Layout, batch: int, seed: int) -> grain.DatasetIterator:
+def iterator(rows: Rows, layout: Layout, batch: int, seed: int, share: Share = ALL) -> grain.DatasetIterator:
     """Endless training batches of `batch` rows. `get_state` and `set_state` give and take the place in the order.
 
+    The order is the same whatever the number of processes; each makes its own `share` of every batch.
+
     Raises:
-        DataError: there are fewer rows than one batch needs, or `batch` is no whole number of sequences.
+        DataError: there are fewer rows than one batch needs, or `batch` is no whole number of sequences, or not the
+            same number of them for each device.
     """
     each = layout.sequences.shape[1]
     if batch % each:
@@ -376,12 +390,17 @@ def iterator(rows: Rows, layout: Layout, batch: int, seed: int) -> grain.Dataset
         )
     if layout.sequences.size < batch:
         raise DataError(f"train.batch is {batch}, but there are {len(rows)} rows to train on; lower it or add rows")
-    source = BatchSource(rows, layout, batch // each, seed)
+    if batch // each % share.ways:
+        raise DataError(
+            f"train.batch is {batch}, {batch // each} sequences, which {share.ways} devices (mesh.data x mesh.fsdp) "
+            f"cannot share evenly; give a multiple of {each * share.ways}, or set mesh.tensor or fewer devices"
+        )
+    source = BatchSource(rows, layout, batch // each, seed, share)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # one thread is enough: under 1 ms a batch
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def evaluation_batches(rows: Rows, batch: int, limit: int) -> list[SteeringBatch]:
+def evaluation_batches(rows: Rows, batch: int, limit: int, share: Share = ALL) -> list[SteeringBatch]:
     """The first `limit` * `batch` rows in order, all in one shape, so that evaluation compiles once.
 
     The last batch is filled by repeating its rows with `response_share` 0: token sums and counts stay exact.
@@ -390,7 +409,7 @@ def evaluation_batches(rows: Rows, batch: int, limit: int) -> list[SteeringBatch
     bucket, batches = _shape(rows, np.arange(len(rows))[:, None], *map(_round_up, longest)), []
     for start in range(0, min(len(rows), limit * batch), batch):
         real = np.arange(start, min(start + batch, len(rows)))
-        filled = collate(rows, np.resize(real, batch)[:, None], bucket)
-        filled.response_share[len(real) :] = 0
+        filled = collate(rows, np.resize(real, batch)[:, None], bucket, share)
+        filled.response_share[share.of(np.arange(batch)) >= len(real)] = 0
         batches.append(filled)
     return batches

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from hypersteer_jax.config import LMConfig, RunConfig
 from hypersteer_jax.data.batch import DataError, SteeringBatch, SteeringExample
 from hypersteer_jax.data.pipeline import (
+    ALL,
     Layout,
     Rows,
     encode,
@@ -25,6 +27,7 @@ from hypersteer_jax.data.tinyworld.world import training_examples
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.presets import from_hugging_face
 from hypersteer_jax.models.weights import load_lm, read_json, resolve
+from hypersteer_jax.sharding import Share
 
 TINYWORLD = "tinyworld"
 TINYWORLD_ROWS = 24_000  # steering examples drawn for training
@@ -40,17 +43,17 @@ class TrainData(NamedTuple):
     evaluation: dict[str, list[SteeringBatch]]
 
 
-def load_base(name: str, dtype: str) -> tuple[LM, Prompter]:
-    """The base LM and its tokenizer: "tinyworld", a directory, or a Hugging Face hub id.
+def load_base(name: str, dtype: str, mesh: Mesh | None = None) -> tuple[LM, Prompter]:
+    """The base LM, on a mesh if one is given, and its tokenizer: "tinyworld", a directory, or a Hugging Face hub id.
 
     Raises:
         WeightsError, DataError: weights or tokenizer are missing, damaged or do not fit.
     """
     if name == TINYWORLD:
         with resources.as_file(resources.files("hypersteer_jax.data.tinyworld") / "lm") as path:
-            return load_lm(path, jnp.dtype(dtype)), Prompter(load_tokenizer(path))
+            return load_lm(path, jnp.dtype(dtype), mesh), Prompter(load_tokenizer(path))
     path = resolve(name)
-    return load_lm(path, jnp.dtype(dtype)), Prompter(load_tokenizer(path))
+    return load_lm(path, jnp.dtype(dtype), mesh), Prompter(load_tokenizer(path))
 
 
 def base_shape(name: str) -> LMConfig:
@@ -65,8 +68,10 @@ def base_shape(name: str) -> LMConfig:
     return from_hugging_face(read_json(resolve(name) / "config.json"))
 
 
-def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None]) -> TrainData:
+def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None], share: Share = ALL) -> TrainData:
     """Training and evaluation batches; `say` is told of every row that was dropped, and how much is padding.
+
+    All processes read all rows, a few hundred bytes each, and each makes its own `share` of every batch.
 
     Raises:
         DataError: the source cannot be read, holds bad rows, or is too small for one batch.
@@ -102,11 +107,11 @@ def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None])
         f"{shares[1]:.1%} of the steering prompts' are real"
     )
     evaluation: dict[str, list[SteeringBatch]] = {
-        name: evaluation_batches(encoded[name], train.batch, train.eval_batches)
+        name: evaluation_batches(encoded[name], train.batch, train.eval_batches, share)
         for name in ("held-in", "held-out")
         if name in encoded
     }
-    batches = iterator(encoded["train"], layout, train.batch, train.seed)
+    batches = iterator(encoded["train"], layout, train.batch, train.seed, share)
     return TrainData(encoded["train"], layout, batches, evaluation)
 
 

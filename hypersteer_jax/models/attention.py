@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import LocalMask, MultiHea
 from jaxtyping import Bool, Float, Int
 
 from hypersteer_jax.config import AttentionName, LMConfig
-from hypersteer_jax.sharding import on_own_rows
+from hypersteer_jax.sharding import on_own_part
 
 Segments = Int[Array, "B T"] | Bool[Array, "B T"]  # 0 (False) at padding; a mask is one segment per row
 
@@ -135,7 +135,7 @@ def _splash(q: Array, k: Array, v: Array, rows: WholeRows, scale: float, softcap
     has no scale, so the queries bring it: in bfloat16 they are rounded once more, unless it is a power of two, as in
     Gemma-2-2B and 9B.
     """
-    length, heads = q.shape[1:3]
+    length = q.shape[1]
     missing = -length % SPLASH_BLOCK
     left = None if rows.window is None or length <= rows.window else rows.window - 1
     mask = LocalMask((length + missing,) * 2, (left, 0), offset=0)  # nothing to the right of a query: causal
@@ -145,11 +145,11 @@ def _splash(q: Array, k: Array, v: Array, rows: WholeRows, scale: float, softcap
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
         kernel = make_splash_mha(
-            MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap
+            MultiHeadMask([mask] * q.shape[2]), head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap
         )
         segments = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, missing)))
         rows = (heads_first(q * scale), heads_first(k), heads_first(v), segments)
         out = jax.vmap(lambda q, k, v, segment: kernel(q, k, v, SegmentIds(segment, segment)))(*rows)
         return out.swapaxes(1, 2)[:, :length]
 
-    return on_own_rows(local)(q, k, v, rows.segments)
+    return on_own_part(local, q, k, v, rows.segments)

@@ -13,7 +13,7 @@ width, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from hypersteer_jax.models.attention import (
     rope_frequencies,
     row_mask,
 )
-from hypersteer_jax.sharding import batch_spec, gather
+from hypersteer_jax.sharding import batch_spec, gather, gather_vocabulary, look_up
 
 INIT_STD = 0.02  # of every random weight matrix; Gemma's and the release's `initializer_range`
 
@@ -91,7 +91,7 @@ class Attention(nnx.Module):
     def attend(self, q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T D"]:
         """Attention over given heads, projected back to the residual width."""
         heads = attend(q, k, v, mask, self.config.query_scale, self.config.attention_softcap)
-        return jnp.einsum("btnh,nhd->btd", heads, self.o[...])
+        return jnp.einsum("btnh,nhd->btd", heads, self.o[...], out_sharding=batch_spec())
 
 
 class MLP(nnx.Module):
@@ -106,7 +106,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = x @ self.gate[...]
         gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return (gate * (x @ self.up[...])) @ self.down[...]
+        return jnp.matmul(gate * (x @ self.up[...]), self.down[...], out_sharding=batch_spec())
 
 
 class Block(nnx.Module):
@@ -141,6 +141,13 @@ class Block(nnx.Module):
     def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Residual after the MLP sub-block."""
         return x + self.norm(self.mlp(self.norm(x, self.pre_mlp)), self.post_mlp)
+
+
+class Unembedding(NamedTuple):
+    """What makes logits of the last residual, gathered."""
+
+    norm: Float[Array, " D"]
+    head: Float[Array, "V D"] | Float[Array, "D V"]  # the embedding table, where it is tied
 
 
 class LM(nnx.Module):
@@ -186,7 +193,7 @@ class LM(nnx.Module):
             x = self._self_attention(block, x, block.heads(x, positions), masks, index)
             return block.feed_forward(x), None  # only the carry: returning weights would stack them again
 
-        return jax.lax.scan(jax.checkpoint(body) if remat else body, residual, jnp.arange(start, stop))[0]
+        return jax.lax.scan(for_backward(body, remat), residual, jnp.arange(start, stop))[0]
 
     def extend(
         self, residual: Float[Array, "B T D"], cache: KVCache, positions: Int[Array, "B T"], start: int, stop: int
@@ -209,11 +216,18 @@ class LM(nnx.Module):
         carry, _ = jax.lax.scan(body, (residual, cache.k, cache.v), jnp.arange(start, stop))
         return carry[0], cache._replace(k=carry[1], v=carry[2])
 
-    def unembed(self, residual: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    def unembedding(self) -> Unembedding:
+        """Weights of `unembed`, which gathers them each time unless it is given them."""
+        table = self.embedding[...] if self.head is None else self.head[...]
+        vocabulary = 0 if self.head is None else 1
+        return Unembedding(gather(self.final_norm[...]), gather_vocabulary(table, vocabulary))
+
+    def unembed(self, residual: Float[Array, "... D"], weights: Unembedding | None = None) -> Float[Array, "... V"]:
         """Logits, float32, after the final norm and the final soft-cap."""
-        x = rms_norm(residual, gather(self.final_norm[...]), self.config.norm_eps, self.config.norm_offset)
-        head = self.embedding[...].T if self.head is None else self.head[...]
-        logits = jnp.einsum("...d,dv->...v", x, gather(head), preferred_element_type=jnp.float32)
+        norm, head = self.unembedding() if weights is None else weights
+        x = rms_norm(residual, norm, self.config.norm_eps, self.config.norm_offset)
+        axes = "...d,vd->...v" if self.head is None else "...d,dv->...v"
+        logits = jnp.einsum(axes, x, head, preferred_element_type=jnp.float32)
         cap = self.config.final_softcap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
@@ -245,9 +259,22 @@ class LM(nnx.Module):
         return block.self_attention(x, *heads, jnp.where(index % 2 == 0, even, odd))
 
 
+def for_backward(body: Callable[..., Any], remat: bool) -> Callable[..., Any]:
+    """`body` of a scan over blocks, and what the backward pass finds of each: its activations, or with `remat` nothing.
+
+    Never its weights: they are taken from the stack, and gathered, again. Otherwise the scan would keep a copy of each
+    block's, whole on every device.
+    """
+
+    def keeps(primitive: Any, *_: Any, **__: Any) -> bool:
+        return not remat and primitive.name not in ("dynamic_slice", "squeeze", "reshard")
+
+    return jax.checkpoint(body, policy=keeps, prevent_cse=False)
+
+
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], config: LMConfig) -> Float[Array, "B T D"]:
     """Rows of an embedding table, times sqrt(D) rounded to the table's dtype where the family scales."""
-    x = gather(table).at[tokens].get(out_sharding=batch_spec())
+    x = look_up(table, tokens)
     return x * jnp.asarray(config.width**0.5, x.dtype) if config.scale_embedding else x
 
 

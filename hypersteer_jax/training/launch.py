@@ -149,7 +149,7 @@ def _load_run(run: Path) -> tuple[Steered, int]:
     mesh = make_mesh()
     abstract = jax.eval_shape(lambda: init_state(config, lm))
     with checkpoint.open_checkpoints(run) as checkpoints:
-        state = checkpoint.restore(checkpoints, abstract, mesh)
+        state = checkpoint.restore(checkpoints, abstract, mesh).state
     return Steered(lm, prompter, off_mesh(state.hypernet), dataclasses.replace(config, out=run)), int(state.step)
 
 
@@ -204,7 +204,7 @@ def convert(source: Path, target: Path, lm: str | None, layer: int, console: Con
     with new_directory(target) as part:
         checkpoint.write_config(part, config)
         with checkpoint.open_checkpoints(part) as checkpoints:
-            checkpoint.save(checkpoints, step, state)
+            checkpoint.save(checkpoints, step, state, config=config)
     console.print(f"run in {target}; try: hypersteer steer --run {target} --prompt ... --concept ...")
 
 

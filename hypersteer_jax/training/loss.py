@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 from jaxtyping import Float, Int
 
-from hypersteer_jax.models.lm import LM
+from hypersteer_jax.models.lm import LM, Unembedding
 from hypersteer_jax.sharding import batch_ways
 
 # Tokens of a device whose logits exist at a time: with Gemma-2's vocabulary 0.5 GB of float32. Far fewer would leave an
@@ -51,12 +50,14 @@ def weighted_nll(
     The vocabulary may have 256,000 words, so logits are made for a few positions at a time. Where a gradient is wanted
     it is made beside them, from the same logits: they are neither kept nor made twice.
     """
-    return jnp.sum(_chunks(partial(_nll, lm), residual, tokens, weights))
+    return jnp.sum(_chunks(partial(_nll, lm, lm.unembedding()), residual, tokens, weights))
 
 
 def _forward(lm: LM, residual: Array, tokens: Array, weights: Array) -> tuple[Array, Array]:
+    head = lm.unembedding()  # gathered once for all chunks
+
     def nll_and_gradient(x: Array, target: Array, weight: Array) -> tuple[Array, Array]:
-        nll, pull = jax.vjp(lambda x: _nll(lm, x, target, weight), x)
+        nll, pull = jax.vjp(lambda x: _nll(lm, head, x, target, weight), x)
         return nll, pull(jnp.ones_like(nll))[0]
 
     nll, gradient = _chunks(nll_and_gradient, residual, tokens, weights)
@@ -70,9 +71,17 @@ def _backward(gradient: Array, cotangent: Array) -> tuple[None, Array, None, Non
 weighted_nll.defvjp(_forward, _backward)
 
 
-def _nll(lm: LM, x: Float[Array, "S c D"], target: Int[Array, "S c"], weight: Float[Array, "S c"]) -> Array:
-    nll = optax.softmax_cross_entropy_with_integer_labels(lm.unembed(x), target)
-    return weight * jnp.where(weight > 0, nll, 0.0)
+def _nll(
+    lm: LM,
+    head: Unembedding,
+    x: Float[Array, "S c D"],
+    target: Int[Array, "S c"],
+    weight: Float[Array, "S c"],
+) -> Float[Array, "S c"]:
+    logits = lm.unembed(x, head)
+    # The vocabulary may be split over devices: a sum over it is, too, while picking one of its places would gather it.
+    own = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0.0), axis=-1)
+    return weight * jnp.where(weight > 0, jax.nn.logsumexp(logits, axis=-1) - own, 0.0)
 
 
 def _chunks(function: Any, *arrays: Array) -> Any:

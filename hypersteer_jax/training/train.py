@@ -1,6 +1,7 @@
 """Training: the state, one pure step, and the loop around it."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.models.hypernet import Hypernet, init_hypernet
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.selection import annealed_temperature, mean_gate, selected_share
-from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights
+from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, shardings
 from hypersteer_jax.steering import steered_residual
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache
@@ -208,14 +209,19 @@ def train(
             f"out is {out}, which holds a run; continue it with --resume or give another folder"
         )
     checkpoint.write_config(out, config)
-    mesh = make_mesh()
-    with jax.set_mesh(mesh), checkpoint.open_checkpoints(out) as checkpoints, contextlib.ExitStack() as stack:
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    opened = checkpoint.open_checkpoints(out, settings.keep_last, settings.keep_every)
+    with jax.set_mesh(mesh), opened as checkpoints, contextlib.ExitStack() as stack:
         lm = shard_weights(lm, mesh)
         init = partial(init_state, config)
+        abstract = jax.eval_shape(init, lm)
+        checkpoint.check_room(out, abstract, config)
         if resume:
-            state = checkpoint.restore(checkpoints, jax.eval_shape(init, lm), mesh, data.batches)
+            restored = checkpoint.restore(checkpoints, abstract, mesh)
+            data.batches.set_state({"next_index": checkpoint.resume_position(restored)})
+            state = restored.state
         else:
-            state = shard_weights(jax.jit(init)(lm), mesh)  # jit gives every leaf a buffer of its own, to be donated
+            state = jax.jit(init, out_shardings=shardings(abstract, mesh))(lm)
         step_fn = jax.jit(partial(train_step, config=config), donate_argnums=0)
         loss_fn = jax.jit(partial(batch_loss, config=config))
         evaluation = {name: [shard_batch(b, mesh) for b in rows] for name, rows in data.evaluation.items()}
@@ -255,7 +261,8 @@ def train(
             settle(*pending)  # a state that is not finite must not be saved
             pending = None
             if saves:
-                checkpoint.save(checkpoints, done, state, data.batches)
+                position = data.batches.get_state()["next_index"]
+                checkpoint.save(checkpoints, done, state, position, config=config)
             if evaluates:
                 clock = time.perf_counter()
                 for name, rows in evaluation.items():
