@@ -21,10 +21,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
+
+from hypersteer_jax.data.sources import load_base
+from hypersteer_jax.sharding import make_mesh
+from hypersteer_jax.training.checkpoint import open_checkpoints, read_config, restore
+from hypersteer_jax.training.train import init_state
 
 CLONE = Path(__file__).resolve().parents[1]
 SCRIPTS, STUBS = CLONE / "tpu_scripts", CLONE / "tests/tpu_scripts/stubs"
@@ -187,11 +194,17 @@ def newest(run: Path) -> int:
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    """All arrays of a run's last checkpoint."""
-    last = run / "checkpoints" / str(newest(run))
-    if (last / "weights").is_file():
-        return {f"fake weights after step {last.name}": np.frombuffer((last / "weights").read_bytes(), np.uint8)}
-    raise NotImplementedError
+    """All arrays of a run's last checkpoint, by name."""
+    fake = run / "checkpoints" / str(newest(run)) / "weights"
+    if fake.exists():
+        return {"weights": np.frombuffer(fake.read_bytes(), np.uint8)}
+    config, mesh = read_config(run), make_mesh(fsdp=None)
+    with jax.set_mesh(mesh), open_checkpoints(run) as checkpoints:
+        lm, _ = load_base(config.lm, config.train.compute_dtype, mesh)
+        restored = restore(checkpoints, jax.eval_shape(partial(init_state, config), lm), mesh)
+    assert restored.step == config.train.steps
+    leaves = jax.tree_util.tree_leaves_with_path(restored.state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -208,7 +221,7 @@ def report(rehearsal: Rehearsal, arrays: dict[str, np.ndarray], equal: bool) -> 
 `python experiments/rehearsal.py`: the scripts of `tpu_scripts/` with a stub `gcloud`, on {WORKERS} workers with
 {cloud.DEVICES} CPU devices each: `hypersteer train {rehearsal.trainer} --multihost`. `GRACE` is {GRACE:.0f} s.
 
-Final weights, moments and step ({len(arrays)} arrays, {size / 1e6:.1f} MB) of the preempted run and of the one left alone:
+Final weights, moments and step ({len(arrays)} arrays, {size / 1e6:.1f} MB) of the preempted run and the one left alone:
 **{"equal, bit for bit" if equal else "DIFFERENT"}**.
 
 | what | script | seconds | result |

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts the run on every worker, or continues it if the bucket holds a checkpoint. Refuses what preflight refuses.
+# Starts the run on every worker, or continues it if the bucket has it already. Refuses what preflight refuses.
 #
 #   tpu_scripts/launch.sh SETTINGS [--dry-run]
 #
@@ -10,9 +10,9 @@ start "$@"
 
 tpu preflight
 if "$dry_run"; then
-    run gcloud storage ls "$run_dir/run/checkpoints/"
-    say "with --resume, if that lists a checkpoint:"
-elif [[ -n "$(gcloud storage ls "$run_dir/run/checkpoints/" 2>/dev/null)" ]]; then
+    run gcloud storage ls "$run_dir/run/config.json"
+    say "with --resume, if that is there:"
+elif gcloud storage ls "$run_dir/run/config.json" >/dev/null 2>&1; then
     words+=(--resume)
 fi
 on_workers "setsid nohup bash hypersteer/code/tpu_scripts/on_worker/train.sh $BUCKET $NAME $PORT \

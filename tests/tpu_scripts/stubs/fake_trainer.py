@@ -31,11 +31,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     first, checkpoints = os.environ["JAX_PROCESS_ID"] == "0", args.out / "checkpoints"
     step, weights = 0, b"start"
-    if args.resume:
+    if args.resume and checkpoints.exists():
         step = max(int(path.name) for path in checkpoints.iterdir())
         weights = (checkpoints / str(step) / "weights").read_bytes()
-    elif checkpoints.exists():
+    elif not args.resume and checkpoints.exists():
         sys.exit(f"error: out is {args.out}, which holds a run")
+    if first:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "config.json").write_text("{}")
     print(f"process {os.environ['JAX_PROCESS_ID']} starts at step {step}", flush=True)
 
     def save() -> None:
@@ -58,7 +61,6 @@ def main() -> int:
         time.sleep(0.02)
         weights = hashlib.sha256(weights + step.to_bytes(4)).digest()
         if first:
-            args.out.mkdir(parents=True, exist_ok=True)
             with (args.out / "metrics.jsonl").open("a") as metrics:
                 print(json.dumps({"step": step}), file=metrics)
         step += 1
