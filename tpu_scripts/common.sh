@@ -41,7 +41,7 @@ start() {
     check_settings
 }
 
-names_in() { sed -n 's/^\([A-Z_]*\)=.*/\1/p' "$1"; }
+names_in() { sed -n 's/^\([A-Za-z0-9_]*\)=.*/\1/p' "$1"; }
 
 # Each setting against what is possible; also sets `topology`, `chips`, `runtime`, `gke` (of one slice),
 # `workers` (of all), `run_dir` and `words`, the trainer's command line.

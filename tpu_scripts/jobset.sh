@@ -12,7 +12,7 @@ start "$@"
 [[ "$IMAGE" != none ]] || fail "IMAGE is none in $settings; give a container image with hypersteer_jax[tpu] in it"
 arguments=
 for word in "${words[@]}"; do
-    [[ "$word" != *[\"\\\|]* ]] || fail "TRAIN has $word; no quotes, backslashes or bars, please: it goes through sed to YAML"
+    [[ "$word" != *[\"\\\|\&]* ]] || fail "TRAIN has $word, and \", \\, | or & do not survive the way into YAML"
     arguments="$arguments, \"$word\""
 done
 spot='/@SPOT@/d'

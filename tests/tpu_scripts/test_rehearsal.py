@@ -105,6 +105,12 @@ def test_stop_saves_and_clears_and_launch_continues_on_two_slices(rehearsal):
     assert "starts at step 0" not in log
 
 
+def test_preflight_before_setup_says_what_is_missing(rehearsal):
+    rehearsal.settings("bare")
+    rehearsal.script("", "create", "bare")
+    assert "was setup.sh run?" in rehearsal.script("", "preflight", "bare", code=1)
+
+
 def test_a_manifest_reaches_kubectl(rehearsal):
     rehearsal.settings("pod", IMAGE="image:1")
     rehearsal.script("", "jobset", "pod")

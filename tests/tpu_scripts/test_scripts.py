@@ -65,6 +65,7 @@ def test_help_needs_no_settings(name):
     ("values", "message"),
     [
         ({"SPOT": "SPOT=true\n"}, "SPOT, which is not a setting; these are: NAME TRAIN BUCKET"),
+        ({"zone": "zone=us-west4-a\n"}, "zone, which is not a setting"),
         ({"ZONE": ""}, "does not set ZONE; copy its line from tpu_scripts/settings.sh"),
         ({"PROJECT": "PROJECT=\n"}, "PROJECT is '' .* a project id; yours: gcloud config get-value project"),
         ({"NAME": "NAME=My_Run\n"}, "NAME is 'My_Run' .* small letters"),
