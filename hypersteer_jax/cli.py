@@ -43,9 +43,25 @@ def train(config: Annotated[Recipe, tyro.conf.arg(name="")], resume: bool = Fals
         config: the recipe.
         resume: continue the run in `out` from its newest checkpoint.
     """
-    from hypersteer_jax.training.launch import launch
+    from hypersteer_jax.training.preemption import listen
 
-    launch(config, resume)
+    with listen() as notice:
+        from hypersteer_jax.training.launch import launch
+        from hypersteer_jax.training.ledger import process_start
+
+        launch(config, resume, notice=notice, started=process_start())
+
+
+@app.command(name="goodput")
+def goodput(run: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Show where the time of a training run went, over all its restarts.
+
+    Args:
+        run: folder of a training run, which may be going on.
+    """
+    from hypersteer_jax.training.ledger import show
+
+    show(run)
 
 
 @app.command(name="steer")
@@ -144,7 +160,11 @@ def main() -> None:
         from hypersteer_jax.evaluation.golden import GoldenError
         from hypersteer_jax.models.weights import WeightsError
         from hypersteer_jax.training.checkpoint import CheckpointError
+        from hypersteer_jax.training.preemption import EXIT_CODE, Preempted
 
+        if isinstance(error, Preempted):
+            print(error, file=sys.stderr)
+            sys.exit(EXIT_CODE)
         if isinstance(error, DataError | GoldenError | WeightsError | CheckpointError | FloatingPointError):
             fail(error)
         raise

@@ -170,6 +170,21 @@ def shard_batch(batch: T, mesh: Mesh) -> T:
     return jax.tree.map(place, batch)
 
 
+def agreement(mesh: Mesh) -> Callable[[bool], Int[Array, ""]]:
+    """A function that all processes of a mesh call with a yes or no, and that gives all of them 1 if one said yes.
+
+    The devices work it out in turn with everything else, so all processes hear it at the same step, and asking does not
+    wait for the answer.
+    """
+    sharding = NamedSharding(mesh, P(mesh.axis_names))
+
+    def everywhere(value: int) -> Array:
+        return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, value, np.int32))
+
+    no, yes, largest = everywhere(0), everywhere(1), jax.jit(jnp.max)
+    return lambda mine: largest(yes if mine else no)
+
+
 def gather(weights: T) -> T:
     """Weights as a computation uses them: whole, but for the heads and the MLP width that `tensor` splits.
 

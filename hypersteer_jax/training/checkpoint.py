@@ -172,6 +172,11 @@ def open_checkpoints(run: Path | str, keep_last: int = 3, keep_every: int = 0) -
     return Checkpoints(run_path(run) / "checkpoints", policies.AnyPreservationPolicy(kept))
 
 
+def stored(checkpoints: Checkpoints) -> list[int]:
+    """Steps of all finished checkpoints, ascending; the same on all processes."""
+    return _agreed(_finished(checkpoints.directory))
+
+
 def save(checkpoints: Checkpoints, step: int, state: Any, position: int | None = None, *, config: RunConfig) -> None:
     """Starts saving in the background; the arrays are copied before it returns, so they may be donated.
 
@@ -191,7 +196,7 @@ def save(checkpoints: Checkpoints, step: int, state: Any, position: int | None =
     record = {"position": position, "config": to_dict(config), "versions": _versions(), "arrays": _arrays(state)}
     try:
         writer = _writer(checkpoints)
-        if step not in _agreed(_finished(checkpoints.directory)):
+        if step not in stored(checkpoints):
             writer.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=_sealed(record))
             checkpoints.saving = step
     except Exception as error:  # Orbax has no type of its own for it
@@ -230,7 +235,7 @@ def restore(checkpoints: Checkpoints, abstract: Any, mesh: Mesh, say: Callable[[
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     wanted, reasons = jax.tree.map(concrete, abstract, shardings(abstract, mesh)), []
-    for step in _agreed(_finished(checkpoints.directory))[::-1]:
+    for step in stored(checkpoints)[::-1]:
         try:
             state, position = _read(checkpoints.directory / str(step), wanted)
         except _DamagedError as error:

@@ -1,6 +1,7 @@
 """What stands around a training run and its use at a terminal: loading, progress, messages."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,32 @@ from hypersteer_jax.sharding import make_mesh
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache, open_cache
 from hypersteer_jax.training.flops import evaluation_interval
+from hypersteer_jax.training.ledger import LEDGER, account, account_table
+from hypersteer_jax.training.preemption import Notice
 from hypersteer_jax.training.train import Report, TrainState, init_state, new_state, train
 
 
-def launch(config: RunConfig, resume: bool = False, console: Console | None = None) -> Steered:
+def launch(
+    config: RunConfig,
+    resume: bool = False,
+    console: Console | None = None,
+    notice: Notice | None = None,
+    started: float | None = None,
+) -> Steered:
     """Loads everything a config names, trains with a progress bar, and returns the steered model.
+
+    Args:
+        config: the run.
+        resume: continue it from its newest checkpoint.
+        console: where to say what happens.
+        notice: from `preemption.listen`, if the run has to stop when it is told.
+        started: unix time from which the run's ledger counts; now if not given.
 
     Raises:
         ConfigError, DataError, WeightsError, CheckpointError: before any training, naming what to change.
+        Preempted: the run was told to stop; its state is saved.
     """
-    console = console or Console()
+    console, started = console or Console(), started or time.time()
     if config.train.attention == "splash" and jax.default_backend() != "tpu":
         raise ConfigError(
             f"train.attention is splash, a kernel for TPUs, but the backend is {jax.default_backend()}; "
@@ -63,7 +80,8 @@ def launch(config: RunConfig, resume: bool = False, console: Console | None = No
             f"{config.train.eval_share:.0%} of the arithmetic (train.eval_share)"
         )
     cache = open_cache(config, lm, data.rows, prompter.tokenizer.chat_template or "", console)
-    state = train_with_bar(config, lm, data, resume, console, cache)
+    state = train_with_bar(config, lm, data, resume, console, cache, notice, started)
+    console.print(account_table(account(config.out / LEDGER)))
     console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
     return Steered(lm, prompter, off_mesh(state.hypernet), config)
 
@@ -87,7 +105,14 @@ def config_table(config: RunConfig) -> Table:
 
 
 def train_with_bar(
-    config: RunConfig, lm: Any, data: TrainData, resume: bool, console: Console, cache: ActivationCache | None = None
+    config: RunConfig,
+    lm: Any,
+    data: TrainData,
+    resume: bool,
+    console: Console,
+    cache: ActivationCache | None,
+    notice: Notice | None,
+    started: float,
 ) -> TrainState:
     """Trains under a progress bar: loss, response tokens per second, time left, and the evaluation losses as lines."""
     bar = Progress(
@@ -110,7 +135,7 @@ def train_with_bar(
             if report.evaluation and report.step == config.train.steps:
                 console.print(f"evaluation took {report.evaluation_share:.1%} of the time")
 
-        return train(config, lm, data, resume, show, cache)
+        return train(config, lm, data, resume, show, cache, notice, started)
 
 
 def _check_same(config: RunConfig, stored: RunConfig) -> None:
