@@ -40,10 +40,7 @@ import cloud  # noqa: E402  # the stub gcloud's
 
 ACCELERATOR, WORKERS = "v5p-16", 2
 GRACE = 20.0  # seconds; a spot VM has up to 30, pods on GKE 15
-REAL = (
-    "tinyworld --train.steps 40 --train.batch 16 --train.save-every 10 --train.eval-every 0 --train.keep-every 1 "
-    "--data.buckets 1"
-)
+REAL = "tinyworld --train.steps 40 --train.batch 16 --train.save-every 10 --train.eval-every 0 --data.buckets 1"
 FAKE = "fake --train.steps 100"
 
 
