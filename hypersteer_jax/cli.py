@@ -36,16 +36,21 @@ def quickstart(out: Path = Path("runs/quickstart"), steps: int | None = None, se
 
 
 @app.command(name="train")
-def train(config: Annotated[Recipe, tyro.conf.arg(name="")], resume: bool = False) -> None:
+def train(config: Annotated[Recipe, tyro.conf.arg(name="")], resume: bool = False, multihost: bool = False) -> None:
     """Train a hypernetwork from a recipe; every setting can be overridden.
 
     Args:
         config: the recipe.
-        resume: continue the run in `out` from its newest checkpoint.
+        resume: continue the run in `out` from its newest checkpoint; if it was ended before its first, start it.
+        multihost: this is one of several processes, one to a host of a TPU pod, that run this same command.
     """
     from hypersteer_jax.training.preemption import listen
 
     with listen() as notice:
+        if multihost:
+            from hypersteer_jax.sharding import join_processes
+
+            join_processes()
         from hypersteer_jax.training.launch import launch
         from hypersteer_jax.training.ledger import process_start
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -30,7 +31,7 @@ from hypersteer_jax.models.convert import (
 )
 from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 from hypersteer_jax.models.weights import WeightsError
-from hypersteer_jax.sharding import make_mesh
+from hypersteer_jax.sharding import make_mesh, share_of
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache, open_cache
 from hypersteer_jax.training.flops import evaluation_interval
@@ -45,8 +46,10 @@ def launch(
     console: Console | None = None,
     notice: Notice | None = None,
     started: float | None = None,
-) -> Steered:
-    """Loads everything a config names, trains with a progress bar, and returns the steered model.
+) -> None:
+    """Loads everything a config names, on all devices of all processes, and trains with a progress bar.
+
+    The first process does the talking.
 
     Args:
         config: the run.
@@ -59,7 +62,8 @@ def launch(
         ConfigError, DataError, WeightsError, CheckpointError: before any training, naming what to change.
         Preempted: the run was told to stop; its state is saved.
     """
-    console, started = console or Console(), started or time.time()
+    first, started = jax.process_index() == 0, started or time.time()
+    console = console or Console(quiet=not first)
     if config.train.attention == "splash" and jax.default_backend() != "tpu":
         raise ConfigError(
             f"train.attention is splash, a kernel for TPUs, but the backend is {jax.default_backend()}; "
@@ -67,12 +71,14 @@ def launch(
         )
     if resume:
         _check_same(config, checkpoint.read_config(config.out))
-    lm, prompter = load_base(config.lm, config.train.compute_dtype)
-    check(config, lm.config)
+    check(config, base_shape(config.lm))
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    lm, prompter = load_base(config.lm, config.train.compute_dtype, mesh)
     console.print(config_table(config))
+    console.print(_devices(mesh))
     if prompter.notice:
         console.print(prompter.notice)
-    data = load_data(config, prompter, console.print)
+    data = load_data(config, prompter, console.print, share_of(mesh))
     interval, asked = evaluation_interval(lm.config, config, data.layout, data.evaluation), config.train.eval_every
     if interval > asked:
         console.print(
@@ -80,10 +86,19 @@ def launch(
             f"{config.train.eval_share:.0%} of the arithmetic (train.eval_share)"
         )
     cache = open_cache(config, lm, data.rows, prompter.tokenizer.chat_template or "", console)
-    state = train_with_bar(config, lm, data, resume, console, cache, notice, started)
-    console.print(account_table(account(config.out / LEDGER)))
+    train_with_bar(config, lm, data, resume, console, cache, notice, started)
+    if first:
+        console.print(account_table(account(config.out / LEDGER)))
     console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
-    return Steered(lm, prompter, off_mesh(state.hypernet), config)
+
+
+def _devices(mesh: Mesh) -> str:
+    """How many devices of what kind, and what each axis of the mesh does."""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return (
+        f"{mesh.size} of {jax.device_count()} devices ({jax.devices()[0].device_kind}) in {jax.process_count()} "
+        f"process{'es' * (jax.process_count() > 1)}: {axes}"
+    )
 
 
 def off_mesh(hypernet: Hypernet) -> Hypernet:
