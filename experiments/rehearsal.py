@@ -1,12 +1,12 @@
-"""A run on a TPU pod without a cloud: the scripts of tpu_scripts/, a preemption, and the same weights in the end?
+"""A run on a TPU pod without a cloud: the scripts of tpu_scripts/, two preemptions, and the same weights in the end?
 
-    python experiments/rehearsal.py                  about 5 minutes on 2 cores
+    python experiments/rehearsal.py                  about 5 minutes on 2 cores of its own
     python experiments/rehearsal.py --trainer fake   seconds: a counter in place of the training
 
 The scripts run as they are; `gcloud` is a stub (tests/tpu_scripts/stubs) that checks its flags and keeps TPUs and
 buckets in a folder. A TPU has two workers, which are processes of this machine with four CPU devices each. One run is
-left alone; another is taken away amid its steps (SIGTERM, grace, SIGKILL, disks lost), and watch.sh has to make the TPU
-again and to continue. Before that, preflight.sh has to refuse what is broken on purpose.
+left alone; another is taken away twice amid its steps, once told (SIGTERM, grace, SIGKILL) and once not, and watch.sh
+has to make the TPU again and to continue. Before that, preflight.sh has to refuse what is broken on purpose.
 Expected: every refusal names the worker and the fix, and all final weights are equal, bit for bit.
 What came out: experiments/results/rehearsal.md, which this script writes.
 """
@@ -39,7 +39,7 @@ sys.path.insert(0, str(STUBS))
 import cloud  # noqa: E402  # the stub gcloud's
 
 ACCELERATOR, WORKERS = "v5p-16", 2
-GRACE = 20.0  # seconds; a spot VM has up to 30, pods on GKE 15
+PREEMPTIONS = ((15, 20.0), (34, 0.0))  # after a step; seconds of grace: a spot VM has up to 30, a pod on GKE 15
 REAL = "tinyworld --train.steps 40 --train.batch 16 --train.save-every 10 --train.eval-every 0 --data.buckets 1"
 FAKE = "fake --train.steps 100"
 
@@ -166,23 +166,17 @@ def refusals(rehearsal: Rehearsal, run: str) -> None:
     rehearsal.script(f"{run}: all mended", "preflight", run)
 
 
-def preempt(rehearsal: Rehearsal, run: str, step: int) -> None:
-    """Waits for a step of a running run and takes the TPU away; watch.sh has to bring the run to its end."""
-    watch = subprocess.Popen([str(SCRIPTS / "watch.sh"), str(rehearsal.folder / f"{run}.sh")])
+def preempt(rehearsal: Rehearsal, run: str, step: int, grace: float) -> None:
+    """Waits until a run has made so many steps, and takes its TPU away."""
     begin, metrics = time.monotonic(), rehearsal.run_dir(run) / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+    while not metrics.exists() or f'"step": {step - 1},' not in metrics.read_text().replace("}", ","):
         if time.monotonic() > begin + 600:
-            raise RuntimeError(f"{run} made no {step} steps in 10 minutes")
+            raise RuntimeError(f"{run} did not come to step {step} in 10 minutes")
         time.sleep(0.05)
-    seconds = cloud.take_away(run, GRACE)
-    told = "saved and left by itself" if seconds < GRACE else "was killed"
+    seconds = cloud.take_away(run, grace)
+    told = "saved and left by itself" if seconds < grace else "killed"
     what = f"{told}; newest checkpoint: step {newest(rehearsal.run_dir(run))}"
-    rehearsal.record(f"{run}: taken away after step {step}", "-", seconds, what)
-    begin = time.monotonic()
-    code = watch.wait()
-    rehearsal.record(f"{run}: made again, continued, finished", "watch", time.monotonic() - begin, f"exit code {code}")
-    if code != 0:
-        raise RuntimeError(f"watch.sh ended with {code}")
+    rehearsal.record(f"{run}: taken away after step {step}, {grace:.0f} s of grace", "-", seconds, what)
 
 
 def newest(run: Path) -> int:
@@ -216,7 +210,7 @@ def report(rehearsal: Rehearsal, arrays: dict[str, np.ndarray], equal: bool) -> 
     return f"""# Rehearsal of a run on a pod
 
 `python experiments/rehearsal.py`: the scripts of `tpu_scripts/` with a stub `gcloud`, on {WORKERS} workers with
-{cloud.DEVICES} CPU devices each: `hypersteer train {rehearsal.trainer} --multihost`. `GRACE` is {GRACE:.0f} s.
+{cloud.DEVICES} CPU devices each: `hypersteer train {rehearsal.trainer} --multihost`.
 
 Final weights, moments and step ({len(arrays)} arrays, {size / 1e6:.1f} MB) of the preempted run and the one left alone:
 **{"equal, bit for bit" if equal else "DIFFERENT"}**.
@@ -244,7 +238,14 @@ def main() -> int:
         rehearsal.script("alone: give the TPU back", "delete", "alone")
         rehearsal.start("preempted")
         rehearsal.script("preempted: start on all workers", "launch", "preempted")
-        preempt(rehearsal, "preempted", step=25)
+        begin = time.monotonic()
+        watch = subprocess.Popen([str(SCRIPTS / "watch.sh"), str(folder / "preempted.sh")])
+        for step, grace in PREEMPTIONS:
+            preempt(rehearsal, "preempted", step, grace)
+        code, seconds = watch.wait(), time.monotonic() - begin
+        rehearsal.record("preempted: to its end, TPU made again each time", "watch", seconds, f"exit code {code}")
+        if code != 0:
+            raise RuntimeError(f"watch.sh ended with {code}")
         rehearsal.script("preempted: give the TPU back", "delete", "preempted")
         arrays = weights(rehearsal.run_dir("alone"))
         equal = same(arrays, weights(rehearsal.run_dir("preempted")))

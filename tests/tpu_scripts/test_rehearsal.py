@@ -51,7 +51,8 @@ def test_a_preempted_run_ends_with_the_weights_of_one_left_alone(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "report.md").read_text()
     assert "equal, bit for bit" in text
-    assert "saved and left by itself" in text
+    assert text.count("saved and left by itself") == 1
+    assert text.count("killed") == 1
 
 
 def test_a_run_that_fails_by_itself_is_not_tried_again(rehearsal):

@@ -93,6 +93,8 @@ def ssh(fields: dict[str, Any], chosen: list[Path], command: str) -> int:
 def take_away(name: str, grace: float) -> float:
     """Preempts: SIGTERM to everything on the VMs, SIGKILL to what is left after `grace` seconds, the disks lost.
 
+    Without grace nothing is told, as when a machine breaks.
+
     Returns:
         Seconds until nothing was left.
     """
@@ -100,7 +102,8 @@ def take_away(name: str, grace: float) -> float:
         fields["state"] = "SUSPENDING"
         vms = workers(fields)
     begin = time.monotonic()
-    kill(vms, signal.SIGTERM)
+    if grace > 0:
+        kill(vms, signal.SIGTERM)
     while processes(vms) and time.monotonic() < begin + grace:
         time.sleep(0.05)
     seconds = time.monotonic() - begin
