@@ -51,7 +51,7 @@ def test_a_preempted_run_ends_with_the_weights_of_one_left_alone(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "report.md").read_text()
     assert "equal, bit for bit" in text
-    assert text.count("saved and left by itself") == 1
+    assert text.count("saved, exit code 75") == 1
     assert text.count("killed") == 1
 
 

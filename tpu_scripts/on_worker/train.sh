@@ -32,7 +32,7 @@ while "$told"; do  # a signal ends `wait`, not the trainer
     told=false
     wait "$trainer" && code=0 || code=$?
 done
-kill "$uploader"
+kill "$uploader" 2>/dev/null || true  # gone already, if the whole VM was told to stop
 echo "exit $code" >>log
 upload >/dev/null 2>&1 || true
 echo "exit $code" >ended
