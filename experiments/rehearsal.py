@@ -174,8 +174,9 @@ def preempt(rehearsal: Rehearsal, run: str, step: int, grace: float) -> None:
             raise RuntimeError(f"{run} did not come to step {step} in 10 minutes")
         time.sleep(0.05)
     seconds = cloud.take_away(run, grace)
-    logs = sorted((rehearsal.folder / "bucket" / run / "logs").glob(f"*{run}-w-0.log"))
-    told = "saved, exit code 75" if logs and logs[-1].read_text().endswith("exit 75\n") else "killed"
+    logs = rehearsal.run_dir(run).parent.glob("logs/*.log")
+    saved = sum(log.read_text().endswith("exit 75\n") for log in logs) == WORKERS
+    told = "saved, exit code 75" if saved and grace > 0 else "killed"
     what = f"{told}; newest checkpoint: step {newest(rehearsal.run_dir(run))}"
     rehearsal.record(f"{run}: taken away after step {step}, {grace:.0f} s of grace", "-", seconds, what)
 
