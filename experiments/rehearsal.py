@@ -1,6 +1,6 @@
 """A run on a TPU pod without a cloud: the scripts of tpu_scripts/, two preemptions, and the same weights in the end?
 
-    python experiments/rehearsal.py                  about 5 minutes on 2 cores of its own
+    python experiments/rehearsal.py                  10 minutes on 2 busy cores
     python experiments/rehearsal.py --trainer fake   seconds: a counter in place of the training
 
 The scripts run as they are; `gcloud` is a stub (tests/tpu_scripts/stubs) that checks its flags and keeps TPUs and

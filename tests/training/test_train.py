@@ -233,10 +233,8 @@ SHARED = collate(MANY_ROWS, PAIRS, Bucket(tokens=32, context=8, response=24, con
 @pytest.mark.parametrize(
     ("variant", "batch", "selection", "axes", "share"),
     [
-        ("cross_attention", BATCH, SelectionConfig(), {"data": 2, "fsdp": 4}, 4),
         ("cross_attention", PACKED, HEAD, {"data": 2, "fsdp": 2, "tensor": 2}, 4),
         ("no_context", SHARED, SelectionConfig(), {"fsdp": 8}, 8),
-        ("cross_attention", PACKED, SelectionConfig(), {"fsdp": 4, "tensor": 2}, 8),
         ("in_context", BATCH, SelectionConfig(), {"data": 4, "tensor": 2}, 2),
     ],
 )
