@@ -532,6 +532,12 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+def test_profile_is_left_beside_the_run(tmp_path: Path) -> None:
+    config = dataclasses.replace(having(CONFIG, steps=12, eval_every=0, save_every=0, profile=1), out=tmp_path / "run")
+    train(config, LM, data())
+    assert [path.suffixes for path in (config.out / "profile").rglob("*.pb")] == [[".xplane", ".pb"]]
+
+
 def test_evaluation_is_a_mean_over_tokens() -> None:
     def loss(hypernet: Any, lm: Any, batch: SteeringBatch) -> tuple[float, int]:
         return float(batch.factor[0]), 1 if batch.tokens[0, 0] == BATCH.tokens[0, 0] else 3

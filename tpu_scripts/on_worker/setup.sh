@@ -7,7 +7,7 @@ cd "$HOME/hypersteer"
 run_dir="$1" files="$2"
 
 export PATH="$HOME/.local/bin:$PATH"
-command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+command -v uv >/dev/null || python3 -m pip install --quiet --user uv
 gcloud storage cp "$run_dir/requirements.txt" constraints.txt 2>/dev/null || : >constraints.txt
 uv venv --quiet --clear --python 3.12 venv
 uv pip install --quiet --python venv --constraints constraints.txt --editable "code[tpu]"
