@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -406,8 +407,27 @@ def test_remat_changes_neither_the_loss_nor_its_gradient() -> None:
     np.testing.assert_allclose(plain[0][0], remat[0][0], rtol=1e-6)
     for one, two in zip(jax.tree.leaves(plain[1]), jax.tree.leaves(remat[1]), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6 * max(1.0, float(jnp.abs(one).max())), rtol=1e-4)
-    counts = [str(jax.make_jaxpr(partial(batch_loss, config=c))(NET, BASE, BATCH)).count("remat") for c in configs]
-    assert counts[1] - counts[0] >= 3  # the hypernetwork's blocks, the steered block, the blocks above
+
+
+def test_no_copies_of_weights_are_kept_for_the_backward_pass() -> None:
+    """Nor, with remat, the activations inside a block."""
+
+    net = random_hypernet(HypernetConfig(blocks=3), BASE.config)
+
+    def kept(config: RunConfig) -> list[tuple[int, ...]]:
+        def pull(hypernet: Hypernet) -> Any:
+            return jax.vjp(lambda hypernet: batch_loss(hypernet, BASE, BATCH, config)[0], hypernet)[1]
+
+        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull, net))]
+
+    above = BASE.config.layers - 1 - ONE.layers[0]
+    gate = (above, BASE.config.width, BASE.config.mlp_width)
+    activation = (above, *BATCH.tokens.shape, BASE.config.mlp_width)
+    assert above not in (net.config.blocks, BASE.config.layers)  # the stacks themselves are kept, of course
+    plain, remat = (kept(run_config(net.config, remat)) for remat in (False, True))
+    assert activation in plain
+    assert activation not in remat
+    assert gate not in plain + remat
 
 
 @pytest.mark.usefixtures("splash_on_cpu")

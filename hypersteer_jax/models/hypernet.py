@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from hypersteer_jax.config import AttentionName, HypernetConfig, LMConfig, SelectionConfig, hypernet_shape
 from hypersteer_jax.models.attention import Mask, rms_norm, rope, rope_frequencies, row_mask
-from hypersteer_jax.models.lm import LM, MLP, Attention, Block, cast, constant, embed, normal, ranks
+from hypersteer_jax.models.lm import LM, MLP, Attention, Block, cast, constant, embed, for_backward, normal, ranks
 from hypersteer_jax.models.selection import Selection
 from hypersteer_jax.sharding import gather
 
@@ -120,9 +120,9 @@ class Hypernet(nnx.Module):
         seen = context_mask[:, None, :]
 
         def body(x: Array, block: HyperBlock) -> tuple[Array, None]:
-            return gather(cast(block, dtype))(x, positions, causal, context, seen), None
+            return gather(block)(x, positions, causal, context, seen), None
 
-        x = jax.lax.scan(jax.checkpoint(body) if remat else body, x, self.blocks)[0][:, -1]
+        x = jax.lax.scan(for_backward(body, remat), x, cast(self.blocks, dtype))[0][:, -1]
         if self.config.final_norm:
             x = self._norm(x, self.final_norm)
         if self.head_mlp is not None:

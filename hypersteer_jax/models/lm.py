@@ -13,7 +13,7 @@ width, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +193,7 @@ class LM(nnx.Module):
             x = self._self_attention(block, x, block.heads(x, positions), masks, index)
             return block.feed_forward(x), None  # only the carry: returning weights would stack them again
 
-        return jax.lax.scan(jax.checkpoint(body) if remat else body, residual, jnp.arange(start, stop))[0]
+        return jax.lax.scan(for_backward(body, remat), residual, jnp.arange(start, stop))[0]
 
     def extend(
         self, residual: Float[Array, "B T D"], cache: KVCache, positions: Int[Array, "B T"], start: int, stop: int
@@ -257,6 +257,19 @@ class LM(nnx.Module):
             under = partial(block.self_attention, x, *heads)
             return jax.lax.cond(index % 2 == 0, lambda: under(even), lambda: under(odd))
         return block.self_attention(x, *heads, jnp.where(index % 2 == 0, even, odd))
+
+
+def for_backward(body: Callable[..., Any], remat: bool) -> Callable[..., Any]:
+    """`body` of a scan over blocks, and what the backward pass finds of each: its activations, or with `remat` nothing.
+
+    Never its weights: they are taken from the stack, and gathered, again. Otherwise the scan would keep a copy of each
+    block's, whole on every device.
+    """
+
+    def keeps(primitive: Any, *_: Any, **__: Any) -> bool:
+        return not remat and primitive.name not in ("dynamic_slice", "squeeze", "reshard")
+
+    return jax.checkpoint(body, policy=keeps, prevent_cse=False)
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], config: LMConfig) -> Float[Array, "B T D"]:
