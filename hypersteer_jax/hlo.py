@@ -57,7 +57,7 @@ class Collective(NamedTuple):
     """All collectives of one kind in one run of the program."""
 
     kind: str
-    count: int
+    times: int  # that one runs
     bytes: int  # of the whole arrays: gathered, or summed over, by one group of devices
     ici: int  # bytes that a device has to send within its slice
     dcn: int  # bytes that a device has to send to other slices

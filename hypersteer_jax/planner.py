@@ -47,8 +47,10 @@ from hypersteer_jax.training.train import TrainState, init_state, objective, tra
 
 T = TypeVar("T")
 
-# Two AxBench rows in a sequence, the largest shapes of experiments/results/padding.md, for plans without the data.
-TYPICAL = Bucket(tokens=304, context=64, response=240, concept=48, rows=2)
+# The longest shapes of AxBench's files (experiments/results/padding.md), two rows in a sequence and one: for plans
+# without the data.
+TYPICAL = Bucket(tokens=304, context=64, response=256, concept=64, rows=2)
+TYPICAL_ALONE = Bucket(tokens=288, context=64, response=128, concept=64)
 
 # The slice that each recipe is meant for: its config is compiled for it, and lowered for it in every test run. Batches
 # are the papers', small ones, so that few chips can share their sequences.
@@ -234,10 +236,13 @@ def abstract_inputs(config: RunConfig, lm: LMConfig, shape: Bucket, mesh: Mesh |
     base = jax.eval_shape(lambda: cast(LM(lm, nnx.Rngs(0)), jnp.dtype(config.train.compute_dtype)))
     state = jax.eval_shape(partial(init_state, config), base)
     split = NamedSharding(mesh, BATCH)
-    return Inputs(
-        *(jax.tree.map(_place, tree, shardings(tree, mesh)) for tree in (state, base)),
-        jax.tree.map(lambda leaf: _place(leaf, split), _batch(rows, shape)),
-    )
+    batch = jax.tree.map(lambda leaf: _place(leaf, split), _batch(rows, shape))
+    return Inputs(_stored(state, mesh), _stored(base, mesh), batch)
+
+
+def _stored(tree: T, mesh: Mesh | AbstractMesh) -> T:
+    """The same abstract weights or state, as they lie on the mesh."""
+    return jax.tree.map(_place, tree, shardings(tree, mesh))
 
 
 def _place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -334,7 +339,7 @@ def compile_for(lowered: Lowered, slices: int) -> Compiled | TooLarge:
         if found is None:
             raise
         return TooLarge(int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]))
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return Compiled(
         seconds=round(time.perf_counter() - start, 1),
         arguments=memory.argument_size_in_bytes,
@@ -342,7 +347,7 @@ def compile_for(lowered: Lowered, slices: int) -> Compiled | TooLarge:
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        traffic=read_traffic(compiled.as_text(), slices),
+        traffic=read_traffic(str(compiled.as_text()), slices),
     )
 
 
@@ -446,8 +451,9 @@ def lower_decode(config: RunConfig, lm: LMConfig, rows: int, slots: int, mesh: M
     split, tensor = NamedSharding(mesh, BATCH), mesh.axis_sizes[-1]
     heads = NamedSharding(mesh, P(None, *BATCH, None, AXES[-1] if tensor > 1 else None))
     base = jax.eval_shape(lambda: cast(LM(lm, nnx.Rngs(0)), dtype))
-    cache = jax.eval_shape(lambda: empty_cache(lm, rows, slots, dtype))
-    lies = KVCache(heads, heads, split, split, NamedSharding(mesh, P()))
+    cache: Any = jax.eval_shape(lambda: empty_cache(lm, rows, slots, dtype))
+    places: Any = (heads, heads, split, split, NamedSharding(mesh, P()))
+    cache = jax.tree.map(_place, cache, KVCache(*places))
 
     def one_token(
         lm: LM, cache: KVCache, token: Array, alive: Array, vector: Array, factor: Array
@@ -459,8 +465,8 @@ def lower_decode(config: RunConfig, lm: LMConfig, rows: int, slots: int, mesh: M
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
 
     arguments = (
-        jax.tree.map(_place, base, shardings(base, mesh)),
-        jax.tree.map(_place, cache, lies),
+        _stored(base, mesh),
+        cache,
         given(jnp.int32, 1),
         given(jnp.bool, 1),
         given(jnp.float32, lm.width),

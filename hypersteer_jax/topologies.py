@@ -43,7 +43,7 @@ KINDS = {
     "tpu7x": Kind(int(94.75 * GIB), 1153e12, 3.7e12, 45e9, axes=3, cores=2, devices=2),
 }
 ALIASES = {"v5litepod": "v5e"}
-GRIDS = {  # by chips: the shapes that are rented out
+GRIDS: dict[int, dict[int, tuple[int, ...]]] = {  # by axes, then by chips: the shapes that are rented out
     2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
     3: {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)},
 }
