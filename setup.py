@@ -75,6 +75,7 @@ setup(
         "torch": TORCH,
         "test": TEST,
         "tpu": [f"jax[tpu]{JAX_RANGE}"],  # libtpu of exactly this jax
+        "plan": [f"jax[tpu]{JAX_RANGE}"],  # the same: libtpu is the compiler, too, and needs no TPU for that
         "gpu": [f"jax[cuda13]{JAX_RANGE}"],  # CUDA 13 wheels; for an older driver: pip install "jax[cuda12]"
     },
     entry_points={"console_scripts": ["hypersteer = hypersteer_jax.cli:main"]},

@@ -23,7 +23,8 @@ from hypersteer_jax.topologies import ENVIRONMENT, find_topology
 os.environ |= ENVIRONMENT  # before jax starts
 
 from hypersteer_jax.config import RECIPES, HypernetConfig, MeshConfig, RunConfig
-from hypersteer_jax.planner import PODS, TYPICAL, decode_json, lm_shape, make_plan, plan_decode, to_json
+from hypersteer_jax.planner import PODS, TYPICAL, lm_shape, make_plan, plan_decode
+from hypersteer_jax.planner_report import decode_json, to_json
 
 ROWS = 4  # on each chip: two sequences of two
 BLOCKS = {"gemma2-2b": (22, 4), "gemma2-9b": (34, 4)}

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,10 +31,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
-from hypersteer_jax.config import ConfigError, LMConfig, MeshConfig, RunConfig, check, to_dict
+from hypersteer_jax.config import ConfigError, LMConfig, MeshConfig, RunConfig, check
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket
-from hypersteer_jax.data.sources import TINYWORLD, base_shape
+from hypersteer_jax.data.prompts import Prompter, load_tokenizer
+from hypersteer_jax.data.sources import TINYWORLD, base_shape, load_base, load_data
 from hypersteer_jax.generation import Decoding, _forward
 from hypersteer_jax.hlo import Traffic, read_traffic
 from hypersteer_jax.models.lm import LM, KVCache, cast, empty_cache
@@ -200,6 +201,24 @@ def lm_shape(name: str) -> LMConfig:
     return PRESETS[known]
 
 
+def run_shape(config: RunConfig, lengths: tuple[int, int, int, int] | None, say: Callable[[str], None]) -> Bucket:
+    """The shape to plan for: the given lengths T, C, R and P, or the longest of the data's, or AxBench's.
+
+    The data's are known where the base LM's folder is here, for its tokenizer, and the data are. Every batch of another
+    shape is shorter, needs less memory and less time.
+    """
+    rows = 2 if config.data.pack else 1
+    if lengths is not None:
+        return Bucket(*lengths, rows)
+    folder, source = Path(config.lm), config.data.source
+    if (config.lm == TINYWORLD or folder.is_dir()) and (source == TINYWORLD or Path(source).exists()):
+        here = config.lm != TINYWORLD
+        prompter = Prompter(load_tokenizer(folder)) if here else load_base(TINYWORLD, "bfloat16")[1]
+        return load_data(config, prompter, say).layout.buckets[-1]  # the last holds every sequence
+    say("neither the base LM's folder nor the data are here: lengths as in AxBench's files; give others with --shape")
+    return TYPICAL if config.data.pack else TYPICAL_ALONE
+
+
 def mesh_sizes(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
     """Devices along data, fsdp and tensor, all of them used.
 
@@ -330,7 +349,7 @@ def largest_arrays(inputs: Inputs, count: int = 5) -> tuple[tuple[str, int], ...
 
 
 def compile_for(lowered: Lowered, slices: int) -> Compiled | TooLarge:
-    """The TPU compiler's answer; it takes minutes, and only one process at a time can ask."""
+    """The TPU compiler's answer. It takes a minute or several."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -492,67 +511,3 @@ def plan_decode(config: RunConfig, lm: LMConfig, topology: Topology, shape: Buck
     result = compile_for(lower_decode(config, lm, rows, slots, topology_mesh(sizes, topology)), topology.slices)
     flops = rows * 2 * weights / jnp.dtype(config.train.compute_dtype).itemsize
     return DecodePlan(rows, slots, sizes, result, step_bound(flops, result, topology))
-
-
-def to_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
-    """Everything that is known about a plan; bytes, FLOPs of all devices, seconds, and hours of a chip.
-
-    Args:
-        plan: from `make_plan`.
-        price: of one chip for one hour, in whatever money it is given.
-    """
-    config, topology, result = plan.config, plan.topology, plan.result
-    found: dict[str, Any] = {
-        "topology": {
-            "name": topology.name,
-            "slices": topology.slices,
-            "chips": topology.chips,
-            "devices": topology.devices,
-            "hosts": topology.hosts,
-        },
-        "config": to_dict(config),
-        "shape": plan.shape._asdict(),
-        "mesh": dict(zip(AXES, plan.sizes, strict=True)),
-        "fits": plan.fits,
-        "bytes_of_a_device": topology.kind.memory,
-        "bytes_needed": result.needed,
-        "bytes_predicted": {**plan.prediction._asdict(), "total": plan.prediction.total},
-        "largest_arguments": dict(plan.largest),
-        "flops": {**plan.flops._asdict(), "minimal": plan.flops.minimal, "total": plan.flops.total},
-        **_result_json(result, plan.bound),
-    }
-    if plan.bound is not None:
-        hours = config.train.steps * plan.bound.seconds * topology.chips / 3600
-        found |= {"examples_per_second": config.train.batch / plan.bound.seconds, "chip_hours": hours}
-        found |= {} if price is None else {"price": price * hours}
-    return found
-
-
-def decode_json(plan: DecodePlan, topology: Topology) -> dict[str, Any]:
-    """Everything that is known about a step of generation."""
-    found: dict[str, Any] = {
-        "rows": plan.rows,
-        "slots": plan.slots,
-        "mesh": dict(zip(AXES, plan.sizes, strict=True)),
-        "fits": fits(plan.result, topology),
-        "bytes_needed": plan.result.needed,
-        **_result_json(plan.result, plan.bound),
-    }
-    if plan.bound is not None:
-        found["tokens_per_second"] = plan.rows / plan.bound.seconds
-    return found
-
-
-def _result_json(result: Compiled | TooLarge, bound: Bound | None) -> dict[str, Any]:
-    if isinstance(result, TooLarge) or bound is None:
-        return {"compiled": None}
-    compiled = result._asdict()
-    traffic = compiled.pop("traffic")
-    return {
-        "compiled": compiled,
-        "collectives": {each.kind: each._asdict() for each in traffic.collectives},
-        "memory_traffic": traffic.memory,
-        "largest_made": dict(traffic.largest),
-        "unknown_loops": traffic.unknown_loops,
-        "seconds_at_least": {**bound._asdict(), "step": bound.seconds, "binds": bound.binds},
-    }
