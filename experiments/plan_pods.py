@@ -67,16 +67,18 @@ def decode_case(recipe: str, name: str) -> dict[str, Any]:
 
 def cases() -> dict[str, Callable[[], dict[str, Any]]]:
     """All of them by the name of their file, the most telling first."""
-    trains = [
-        (f"train_{recipe}_{blocks}_{name}", partial(train_case, recipe, blocks, name, mesh))
-        for recipe, depths in BLOCKS.items()
-        for name, mesh in SLICES.items()
-        for blocks in depths
-    ]
+    deep, four = (
+        {
+            f"train_{recipe}_{depths[place]}_{name}": partial(train_case, recipe, depths[place], name, mesh)
+            for recipe, depths in BLOCKS.items()
+            for name, mesh in SLICES.items()
+        }
+        for place in range(2)
+    )
     two = {"train_gemma2-2b_22_2xv6e-8": partial(train_case, "gemma2-2b", 22, "v6e-8", MeshConfig(data=2, slices=2))}
-    pods = {f"pod_{recipe}": partial(pod_case, recipe) for recipe in PODS}
     decodes = {f"decode_{recipe}_{name}": partial(decode_case, recipe, name) for name in SLICES for recipe in BLOCKS}
-    return dict(sorted(trains, key=lambda case: "_4_" in case[0])) | two | pods | decodes
+    pods = {f"pod_{recipe}": partial(pod_case, recipe) for recipe in PODS}
+    return deep | two | decodes | pods | four
 
 
 def main() -> None:

@@ -327,7 +327,10 @@ def _fusion_memory(program: Program, fusion: Instruction, operands: list[str]) -
         min(_main(shape), _read(program, inside, parameter))
         for parameter, shape in zip(_parameters(inside), operands, strict=True)
     )
-    for result, (size, main) in zip(_results(inside, program.roots[name]), _arrays(fusion.shape), strict=True):
+    results, arrays = _results(inside, program.roots[name]), _arrays(fusion.shape)
+    if len(results) != len(arrays):  # the root is one instruction with several results: none is an update
+        return read + _main(fusion.shape)
+    for result, (size, main) in zip(results, arrays, strict=True):
         inplace = result.opcode == "dynamic-update-slice"
         read += main * (_bytes(inside[result.operands[1]].shape) if inplace else size)
     return read

@@ -431,8 +431,7 @@ def changes(config: RunConfig, lm: LMConfig, topology: Topology, shape: Bucket) 
 
     def fewer(config: RunConfig) -> Iterator[RunConfig]:
         rows = config.train.batch
-        while rows % 2 == 0 and rows // 2 >= least:
-            rows //= 2
+        while (rows := rows // 2 // least * least) > 0:
             yield _with(config, batch=rows)
 
     again = _with(config, remat=True)
