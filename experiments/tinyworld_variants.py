@@ -30,7 +30,7 @@ from hypersteer_jax.evaluation.protocol import (
     summarise,
 )
 from hypersteer_jax.evaluation.report import write_summary
-from hypersteer_jax.training.launch import launch
+from hypersteer_jax.training.launch import launch, load_run
 
 VARIANTS = ("cross_attention", "in_context", "no_context")
 CONCEPTS, INSTRUCTIONS = 24, 4
@@ -58,7 +58,8 @@ def main() -> None:
                 hypernet=dataclasses.replace(recipe.hypernet, variant=variant),
                 train=dataclasses.replace(recipe.train, steps=args.steps, seed=seed),
             )
-            model = launch(config, console=console)
+            launch(config, console=console)
+            model = load_run(config.out)
             results = run_trials(model, make_trials(CONCEPTS, INSTRUCTIONS, seed), report=console.print)
             write_summary(summarise(results), out / "scores.json")
     scores = {

@@ -36,16 +36,37 @@ def quickstart(out: Path = Path("runs/quickstart"), steps: int | None = None, se
 
 
 @app.command(name="train")
-def train(config: Annotated[Recipe, tyro.conf.arg(name="")], resume: bool = False) -> None:
+def train(config: Annotated[Recipe, tyro.conf.arg(name="")], resume: bool = False, multihost: bool = False) -> None:
     """Train a hypernetwork from a recipe; every setting can be overridden.
 
     Args:
         config: the recipe.
-        resume: continue the run in `out` from its newest checkpoint.
+        resume: continue the run in `out` from its newest checkpoint; if it was ended before its first, start it.
+        multihost: this is one of several processes, one to a host of a TPU pod, that run this same command.
     """
-    from hypersteer_jax.training.launch import launch
+    from hypersteer_jax.training.preemption import listen
 
-    launch(config, resume)
+    with listen() as notice:
+        if multihost:
+            from hypersteer_jax.sharding import join_processes
+
+            join_processes()
+        from hypersteer_jax.training.launch import launch
+        from hypersteer_jax.training.ledger import process_start
+
+        launch(config, resume, notice=notice, started=process_start())
+
+
+@app.command(name="goodput")
+def goodput(run: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Show where the time of a training run went, over all its restarts.
+
+    Args:
+        run: folder of a training run, which may be going on.
+    """
+    from hypersteer_jax.training.ledger import show
+
+    show(run)
 
 
 @app.command(name="plan")
@@ -175,7 +196,11 @@ def main() -> None:
         from hypersteer_jax.evaluation.golden import GoldenError
         from hypersteer_jax.models.weights import WeightsError
         from hypersteer_jax.training.checkpoint import CheckpointError
+        from hypersteer_jax.training.preemption import EXIT_CODE, Preempted
 
+        if isinstance(error, Preempted):
+            print(error, file=sys.stderr)
+            sys.exit(EXIT_CODE)
         if isinstance(error, DataError | GoldenError | WeightsError | CheckpointError | FloatingPointError):
             fail(error)
         raise

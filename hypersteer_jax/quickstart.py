@@ -10,7 +10,7 @@ from rich.console import Console
 from hypersteer_jax.config import RECIPES
 from hypersteer_jax.evaluation.protocol import FACTORS, make_trials, run_trials, summarise
 from hypersteer_jax.evaluation.report import pick_examples, plot_factors, score_table, side_by_side, write_summary
-from hypersteer_jax.training.launch import launch
+from hypersteer_jax.training.launch import launch, load_run
 
 CONCEPTS, INSTRUCTIONS = 24, 4  # concepts in each of the four groups, and instructions each of them meets
 
@@ -28,7 +28,8 @@ def run_quickstart(out: Path, steps: int | None, seed: int) -> None:
     recipe = RECIPES["tinyworld"][1]
     settings = dataclasses.replace(recipe.train, steps=steps or recipe.train.steps, seed=seed)
     config = dataclasses.replace(recipe, out=free_name(out), train=settings)
-    model = launch(config, console=console)
+    launch(config, console=console)
+    model = load_run(config.out)
     trials = make_trials(CONCEPTS, INSTRUCTIONS, seed)
     with console.status("evaluating") as status:
         results = run_trials(model, trials, FACTORS, report=lambda name: status.update(f"evaluating: {name}"))

@@ -9,6 +9,7 @@ splitting, any of which may be 1:
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +27,9 @@ from hypersteer_jax.config import ConfigError
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
+COORDINATOR_PORT = 8476
+SHUTDOWN = 60  # seconds that processes wait for each other at the end
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 BATCH = P(BATCH_AXES)  # the leading axis of every array of a SteeringBatch
@@ -41,6 +45,38 @@ SPLIT = {
     **{f"{part}.o": -3 for part in ("attention", "cross")},
     **{f"mlp.{name}": axis for name, axis in (("gate", -1), ("up", -1), ("down", -2))},
 }
+
+
+def join_processes() -> None:
+    """Makes this process one of several that train together; before anything else touches a device.
+
+    TPU pods, GKE and Slurm say who is who. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID do. Process 0 listens at port JAX_COORDINATOR_PORT, 8476 if it is not set:
+    jax's own choice, 8482, is closed in the default firewall of v6e machines, where starting would hang
+    (jax-ml/jax#35905).
+
+    Raises:
+        ConfigError: nothing says who is who, or the other processes do not come.
+    """
+    os.environ.setdefault("JAX_COORDINATOR_PORT", str(COORDINATOR_PORT))
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    by_hand: dict[str, Any] = {
+        name: int(os.environ[variable]) for name, variable in names.items() if variable in os.environ
+    }
+    # A run listens to SIGTERM itself (`training.preemption`); jax's service would take the signal away.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**by_hand, shutdown_timeout_seconds=SHUTDOWN)
+    except ValueError as error:
+        raise ConfigError(
+            f"--multihost: this is no TPU pod, GKE or Slurm job ({error}); set JAX_COORDINATOR_ADDRESS (host:port), "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave --multihost out"
+        ) from error
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--multihost: not all processes have come ({error}); start the command on all hosts, and see that port "
+            f"{os.environ['JAX_COORDINATOR_PORT']} of the first is open (JAX_COORDINATOR_PORT)"
+        ) from error
 
 
 def make_mesh(
@@ -168,6 +204,21 @@ def shard_batch(batch: T, mesh: Mesh) -> T:
         return jax.make_array_from_process_local_data(sharding, x, whole)
 
     return jax.tree.map(place, batch)
+
+
+def agreement(mesh: Mesh) -> Callable[[bool], Int[Array, ""]]:
+    """A function that all processes of a mesh call with a yes or no, and that gives all of them 1 if one said yes.
+
+    The devices work it out in turn with everything else, so all processes hear it at the same step, and asking does not
+    wait for the answer.
+    """
+    sharding = NamedSharding(mesh, P(mesh.axis_names))
+
+    def everywhere(value: int) -> Array:
+        return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, value, np.int32))
+
+    no, yes, largest = everywhere(0), everywhere(1), jax.jit(jnp.max)
+    return lambda mine: largest(yes if mine else no)
 
 
 def gather(weights: T) -> T:

@@ -273,7 +273,7 @@ def _regression(where: str, tensors: dict[str, Stored], lm: LMConfig) -> Convert
         raise WeightsError(f"{where}: {REGRESSION_TABLE} is missing or no matrix; copy the file again")
     vocab, width = table.shape
     _check_shared(where, dataclasses.replace(lm, family="gemma2", vocab=vocab, width=width), lm)
-    if tied is not None and not _same_bits(table.read(), tied.read()):
+    if tied is not None and not _same_bits(table.whole(), tied.whole()):
         raise WeightsError(
             f"{where}: {REGRESSION_HEAD} is not a copy of {REGRESSION_TABLE}, but Gemma-2 has one table for both; "
             "copy the file again"
@@ -294,7 +294,7 @@ def _check_shared(where: str, shape: LMConfig, lm: LMConfig) -> None:
 def _converted(where: str, tensors: dict[str, Stored], config: HypernetConfig, lm: LMConfig, form: Form) -> Converted:
     """The hypernetwork, with a selection head if there is one among the tensors."""
     selection, step = _selection(where, tensors)
-    values = {name: stored.read() for name, stored in tensors.items() if name != STEP}
+    values = {name: stored.whole() for name, stored in tensors.items() if name != STEP}
     return Converted(hypernet_from_tensors(config, lm, values, where, selection, form), step)
 
 
@@ -308,9 +308,9 @@ def _selection(where: str, tensors: dict[str, Stored]) -> tuple[SelectionConfig,
         if tensors[name].shape != ():
             raise WeightsError(f"{where}: {name} has shape {tensors[name].shape}, expected (); copy the file again")
     layer_norm = any(name.startswith(f"{SELECTION_HEAD}ln.") for name in tensors)
-    temperature = float(tensors[TEMPERATURE].read())
+    temperature = float(tensors[TEMPERATURE].whole())
     selection = SelectionConfig(True, layer_norm, temperature_start=temperature, temperature_end=temperature)
-    return selection, int(tensors[STEP].read())
+    return selection, int(tensors[STEP].whole())
 
 
 def _tensors(

@@ -25,7 +25,8 @@ import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from jax.sharding import Mesh
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -33,7 +34,7 @@ from hypersteer_jax.config import HypernetConfig, LMConfig, SelectionConfig, hyp
 from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.presets import from_hugging_face, from_llama2c, to_hugging_face
-from hypersteer_jax.sharding import shard_weights
+from hypersteer_jax.sharding import weight_spec
 
 MAX_SHARD = 4_000_000_000  # bytes of one safetensors file
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -144,13 +145,17 @@ class Stored(NamedTuple):
     """A tensor that has not been read yet."""
 
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[tuple[slice, ...]], np.ndarray]  # a part of it, one slice for each axis
+
+    def whole(self) -> np.ndarray:
+        """All of it."""
+        return self.read((slice(None),) * len(self.shape))
 
 
 def load_lm(path: Path, dtype: jnp.dtype, mesh: Mesh | None = None) -> LM:
     """Reads a base LM from a directory as Hugging Face or llama2.c write it.
 
-    On the host there is one copy of the weights, in `dtype`, and of one tensor more as the file has it.
+    Each process reads only what its own devices hold, one array after the other.
 
     Args:
         path: a directory with config.json and model.safetensors, its shards and their index, or (llama2.c) one .npz.
@@ -326,13 +331,54 @@ def _assemble(
             f"{where}: {len(problems)} tensors do not fit a {config.family} model of {module.blocks} blocks; "
             "use the config.json that belongs to these weights\n  " + "\n  ".join(sorted(problems))
         )
-    arrays = {path: np.empty(leaf.shape, jnp.dtype(dtype)) for path, leaf in skeleton.items()}
-    for name, stored in found.items():
-        if name in slots:
-            slot = slots[name]
-            slot.of(arrays)[...] = _rearrange(stored.read(), slot.there, slot.here, sizes)
-    place = jnp.asarray if mesh is None else partial(shard_weights, mesh=mesh)
-    return jax.tree.unflatten(structure, [place(arrays.pop(path)) for path in skeleton])
+    tensors: dict[str, list[tuple[Slot, Stored]]] = {}
+    for name, slot in slots.items():
+        tensors.setdefault(slot.path, []).append((slot, found[name]))  # by ascending block
+
+    def array(path: str, leaf: Any) -> Array:
+        read = partial(_read, tensors[path], leaf.shape, jnp.dtype(dtype), sizes)
+        if mesh is None:
+            return jnp.asarray(read((slice(None),) * leaf.ndim))
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, weight_spec(path, leaf.shape, mesh)), read)
+
+    return jax.tree.unflatten(structure, [array(path, leaf) for path, leaf in skeleton.items()])
+
+
+def _read(
+    tensors: list[tuple[Slot, Stored]],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sizes: dict[str, int],
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """A part of one array of the model, from the tensor, or the blocks' tensors, that it is made of."""
+    cuts = [range(*cut.indices(length)) for cut, length in zip(index, shape, strict=True)]
+    part = np.empty([len(cut) for cut in cuts], dtype)
+    if tensors[0][0].block is None:
+        [(slot, stored)] = tensors
+        part[...] = _read_tensor(stored, slot, cuts, sizes)
+    else:
+        for place, block in enumerate(cuts[0]):
+            slot, stored = tensors[block]
+            part[place] = _read_tensor(stored, slot, cuts[1:], sizes)
+    return part
+
+
+def _read_tensor(stored: Stored, slot: Slot, cuts: list[range], sizes: dict[str, int]) -> np.ndarray:
+    """A part of one tensor, as the model has it.
+
+    Where a part of an axis is a run of an axis of the file, only that is read; else the whole axis is, and then cut.
+    """
+    wanted = dict(zip(slot.here.split(), cuts, strict=True))
+    runs = {axis[0]: wanted[axis[0]] for axis in slot.there.split() if axis[0] in wanted}
+    source = []
+    for axis in slot.there.split():
+        each = math.prod(sizes[letter] for letter in axis[1:])
+        run = runs.get(axis[0], range(sizes[axis[0]]))
+        source.append(slice(run.start * each, run.stop * each))
+    read = sizes | {letter: len(run) for letter, run in runs.items()}
+    whole = _rearrange(stored.read(tuple(source)), slot.there, slot.here, read)
+    return whole[tuple(slice(None) if axis in runs else slice(cut.start, cut.stop) for axis, cut in wanted.items())]
 
 
 def _tensors(module: nnx.Module, config: LMConfig, blocks: int, layout: Layout) -> dict[str, np.ndarray]:
@@ -427,9 +473,13 @@ def open_file(path: Path) -> dict[str, Stored]:
             f"{path} cannot be read: {error}; it is missing, empty or cut short, copy it again"
         ) from error
     return {
-        name: Stored(tuple(handle.get_slice(name).get_shape()), partial(handle.get_tensor, name))
+        name: Stored(tuple(handle.get_slice(name).get_shape()), partial(_slice, handle, name))
         for name in sorted(handle.keys())
     }
+
+
+def _slice(handle: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    return handle.get_slice(name)[index] if index else handle.get_tensor(name)
 
 
 def _npz(path: Path) -> dict[str, Stored]:
@@ -445,7 +495,7 @@ def _npz(path: Path) -> dict[str, Stored]:
 
 
 def _in_memory(tensor: np.ndarray) -> Stored:
-    return Stored(tensor.shape, lambda: tensor)
+    return Stored(tensor.shape, tensor.__getitem__)
 
 
 def read_json(path: Path) -> dict[str, Any]:

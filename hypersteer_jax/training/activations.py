@@ -6,10 +6,13 @@ With the cache they run once per row, before training starts, and a training ste
 The residual is kept in the base LM's own dtype (bfloat16 by default), 2D bytes per token: with Gemma-2-2B 0.5 GB for
 1,000 rows of 110 tokens. In memory it lasts for one run; on disk any number of runs can read it.
 
+Each of several processes has a folder of its own, DIR/process_0 and so on, and in it all rows.
+
     DIR/residual.bin   the residuals of all rows, one behind the other, without padding
     DIR/key.json       what they belong to; written last, so that a folder without it is an unfinished one
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,10 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Float, Int, UInt
+from jax.experimental.multihost_utils import process_allgather
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
 
@@ -31,8 +33,9 @@ from hypersteer_jax.config import ConfigError, RunConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Rows, bucket_lengths
 from hypersteer_jax.models.lm import LM
-from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights
+from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, share_of
 from hypersteer_jax.steering import lower_blocks, read_context
+from hypersteer_jax.training.checksum import checksums
 
 RESIDUAL, KEY = "residual.bin", "key.json"
 LENGTHS = 4  # compiled while filling, at most
@@ -74,6 +77,8 @@ def open_cache(config: RunConfig, lm: LM, rows: Rows, template: str, console: Co
     if config.train.cache == "off":
         return None
     lengths, folder = rows.lengths, config.train.cache_dir
+    if jax.process_count() > 1:
+        folder /= f"process_{jax.process_index()}"  # a host's disk is its own
     shape, dtype = (int(lengths.sum()), lm.config.width), lm.embedding[...].dtype
     size = shape[0] * shape[1] * dtype.itemsize
     empty = partial(ActivationCache, starts=np.cumsum(lengths) - lengths, lengths=lengths)
@@ -130,46 +135,40 @@ def _check_key(folder: Path, key: dict[str, Any]) -> None:
 
 def fingerprint(lm: LM) -> str:
     """A number that changes with the shape or any weight of a base LM, the same wherever the weights lie."""
-    sums = jax.device_get(jax.jit(lambda lm: [checksum(leaf) for leaf in jax.tree.leaves(lm)])(lm))
-    text = repr((lm.config, [int(each) for each in sums]))
+    text = repr((lm.config, checksums(lm)))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def checksum(x: Array) -> UInt[Array, ""]:
-    """Sum of all elements' bits times odd numbers that differ by place, modulo 2^32.
-
-    Integers modulo 2^32 add up to the same in any order, so it does not depend on how the array is split.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    place = sum(
-        jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(2654435761 * (axis + 1) % 2**32)
-        for axis in range(x.ndim)
-    )
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-
 def _fill(cache: ActivationCache, config: RunConfig, lm: LM, rows: Rows, console: Console) -> None:
-    """Runs the lower blocks on every row, in an order and in shapes that depend on the rows alone."""
-    mesh = make_mesh()
+    """Runs the lower blocks on every row, in an order and in shapes that depend on the rows and the mesh alone.
+
+    Devices share the work; then every process has all rows.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    share = share_of(mesh)
     with jax.set_mesh(mesh):
         lm = shard_weights(lm, mesh)
         read = jax.jit(partial(read_context, config=config.steering, attention=config.train.attention))
-        chunks = list(_chunks(rows))
+        chunks = list(_chunks(rows, share.ways))
         for members, length in track(chunks, "activation cache", console=console, transient=True):
             column = np.arange(length)
             mask = column < rows.lengths[members, None]
             tokens = np.full(mask.shape, rows.pad_id, np.int32)
             tokens[mask] = np.concatenate([rows.tokens[row] for row in members])
-            found = np.asarray(read(lm, *shard_batch((tokens, mask.astype(np.int32)), mesh)))
+            own = (share.of(tokens), share.of(mask.astype(np.int32)))
+            found = process_allgather(read(lm, *shard_batch(own, mesh)), tiled=True)
             for row, residual in zip(members, found, strict=True):
                 cache.residual[cache.starts[row] :][: rows.lengths[row]] = residual[: rows.lengths[row]]
 
 
-def _chunks(rows: Rows) -> Iterator[tuple[Int[np.ndarray, " n"], int]]:
-    """Rows of similar length and the length they are padded to; equally many for equal lengths, the last repeated."""
+def _chunks(rows: Rows, ways: int) -> Iterator[tuple[Int[np.ndarray, " n"], int]]:
+    """Rows of similar length and the length they are padded to.
+
+    Equally many for equal lengths, a multiple of `ways`; the last ones are repeated.
+    """
     totals = bucket_lengths(rows.lengths, LENGTHS)
     bucket_of = np.searchsorted(totals, rows.lengths)
     for bucket, total in enumerate(totals):
-        inside, many = np.flatnonzero(bucket_of == bucket), max(1, FILL // total)
+        inside, many = np.flatnonzero(bucket_of == bucket), -(-FILL // total // ways) * ways
         for start in range(0, len(inside), many):
             yield np.resize(inside[start : start + many], many), total

@@ -1,12 +1,14 @@
 """What stands around a training run and its use at a terminal: loading, progress, messages."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -29,20 +31,39 @@ from hypersteer_jax.models.convert import (
 )
 from hypersteer_jax.models.hypernet import NO_SELECTION, Hypernet
 from hypersteer_jax.models.weights import WeightsError
-from hypersteer_jax.sharding import make_mesh
+from hypersteer_jax.sharding import make_mesh, share_of
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache, open_cache
 from hypersteer_jax.training.flops import evaluation_interval
+from hypersteer_jax.training.ledger import LEDGER, account, account_table
+from hypersteer_jax.training.preemption import Notice
 from hypersteer_jax.training.train import Report, TrainState, init_state, new_state, train
 
 
-def launch(config: RunConfig, resume: bool = False, console: Console | None = None) -> Steered:
-    """Loads everything a config names, trains with a progress bar, and returns the steered model.
+def launch(
+    config: RunConfig,
+    resume: bool = False,
+    console: Console | None = None,
+    notice: Notice | None = None,
+    started: float | None = None,
+) -> None:
+    """Loads everything a config names, on all devices of all processes, and trains with a progress bar.
+
+    The first process does the talking.
+
+    Args:
+        config: the run.
+        resume: continue it from its newest checkpoint.
+        console: where to say what happens.
+        notice: from `preemption.listen`, if the run has to stop when it is told.
+        started: unix time from which the run's ledger counts; now if not given.
 
     Raises:
         ConfigError, DataError, WeightsError, CheckpointError: before any training, naming what to change.
+        Preempted: the run was told to stop; its state is saved.
     """
-    console = console or Console()
+    first, started = jax.process_index() == 0, started or time.time()
+    console = console or Console(quiet=not first)
     if config.train.attention == "splash" and jax.default_backend() != "tpu":
         raise ConfigError(
             f"train.attention is splash, a kernel for TPUs, but the backend is {jax.default_backend()}; "
@@ -50,12 +71,14 @@ def launch(config: RunConfig, resume: bool = False, console: Console | None = No
         )
     if resume:
         _check_same(config, checkpoint.read_config(config.out))
-    lm, prompter = load_base(config.lm, config.train.compute_dtype)
-    check(config, lm.config)
+    check(config, base_shape(config.lm))
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    lm, prompter = load_base(config.lm, config.train.compute_dtype, mesh)
     console.print(config_table(config))
+    console.print(_devices(mesh))
     if prompter.notice:
         console.print(prompter.notice)
-    data = load_data(config, prompter, console.print)
+    data = load_data(config, prompter, console.print, share_of(mesh))
     interval, asked = evaluation_interval(lm.config, config, data.layout, data.evaluation), config.train.eval_every
     if interval > asked:
         console.print(
@@ -63,9 +86,19 @@ def launch(config: RunConfig, resume: bool = False, console: Console | None = No
             f"{config.train.eval_share:.0%} of the arithmetic (train.eval_share)"
         )
     cache = open_cache(config, lm, data.rows, prompter.tokenizer.chat_template or "", console)
-    state = train_with_bar(config, lm, data, resume, console, cache)
+    train_with_bar(config, lm, data, resume, console, cache, notice, started)
+    if first:
+        console.print(account_table(account(config.out / LEDGER)))
     console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
-    return Steered(lm, prompter, off_mesh(state.hypernet), config)
+
+
+def _devices(mesh: Mesh) -> str:
+    """How many devices of what kind, and what each axis of the mesh does."""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return (
+        f"{mesh.size} of {jax.device_count()} devices ({jax.devices()[0].device_kind}) in {jax.process_count()} "
+        f"process{'es' * (jax.process_count() > 1)}: {axes}"
+    )
 
 
 def off_mesh(hypernet: Hypernet) -> Hypernet:
@@ -87,7 +120,14 @@ def config_table(config: RunConfig) -> Table:
 
 
 def train_with_bar(
-    config: RunConfig, lm: Any, data: TrainData, resume: bool, console: Console, cache: ActivationCache | None = None
+    config: RunConfig,
+    lm: Any,
+    data: TrainData,
+    resume: bool,
+    console: Console,
+    cache: ActivationCache | None,
+    notice: Notice | None,
+    started: float,
 ) -> TrainState:
     """Trains under a progress bar: loss, response tokens per second, time left, and the evaluation losses as lines."""
     bar = Progress(
@@ -110,7 +150,7 @@ def train_with_bar(
             if report.evaluation and report.step == config.train.steps:
                 console.print(f"evaluation took {report.evaluation_share:.1%} of the time")
 
-        return train(config, lm, data, resume, show, cache)
+        return train(config, lm, data, resume, show, cache, notice, started)
 
 
 def _check_same(config: RunConfig, stored: RunConfig) -> None:
@@ -149,7 +189,7 @@ def _load_run(run: Path) -> tuple[Steered, int]:
     mesh = make_mesh()
     abstract = jax.eval_shape(lambda: init_state(config, lm))
     with checkpoint.open_checkpoints(run) as checkpoints:
-        state = checkpoint.restore(checkpoints, abstract, mesh)
+        state = checkpoint.restore(checkpoints, abstract, mesh).state
     return Steered(lm, prompter, off_mesh(state.hypernet), dataclasses.replace(config, out=run)), int(state.step)
 
 
@@ -204,7 +244,7 @@ def convert(source: Path, target: Path, lm: str | None, layer: int, console: Con
     with new_directory(target) as part:
         checkpoint.write_config(part, config)
         with checkpoint.open_checkpoints(part) as checkpoints:
-            checkpoint.save(checkpoints, step, state)
+            checkpoint.save(checkpoints, step, state, config=config)
     console.print(f"run in {target}; try: hypersteer steer --run {target} --prompt ... --concept ...")
 
 

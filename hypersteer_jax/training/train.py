@@ -1,12 +1,13 @@
 """Training: the state, one pure step, and the loop around it."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,25 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from hypersteer_jax.config import RunConfig, TrainConfig
 from hypersteer_jax.data.batch import SteeringBatch
+from hypersteer_jax.data.pipeline import collate
 from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.models.hypernet import Hypernet, init_hypernet
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.selection import annealed_temperature, mean_gate, selected_share
-from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, shardings
+from hypersteer_jax.sharding import Share, agreement, make_mesh, shard_batch, shard_weights, shardings, share_of
 from hypersteer_jax.steering import steered_residual
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache
 from hypersteer_jax.training.flops import evaluation_interval
+from hypersteer_jax.training.ledger import LEDGER, Ledger
 from hypersteer_jax.training.loss import response_loss
 from hypersteer_jax.training.metrics import MetricsLog
+from hypersteer_jax.training.preemption import Notice, Preempted, Watchdog
 
 Metrics = dict[str, Any]
 
@@ -156,7 +161,7 @@ class EvalLoss(NamedTuple):
     unsteered: float
 
 
-def evaluate_loss(loss: Loss, hypernet: Hypernet, lm: LM, batches: list[SteeringBatch]) -> float:
+def evaluate_loss(loss: Loss, hypernet: Hypernet, lm: LM, batches: Iterable[SteeringBatch]) -> float:
     """Token-weighted mean over batches, in nats per response token."""
     total, count = 0.0, 0
     for batch in batches:
@@ -188,92 +193,266 @@ def train(
     resume: bool = False,
     report: Callable[[Report], None] | None = None,
     cache: ActivationCache | None = None,
+    notice: Notice | None = None,
+    started: float | None = None,
 ) -> TrainState:
-    """Trains to `config.train.steps`, with metrics, evaluation and checkpoints in `config.out`.
+    """Trains to `config.train.steps`, with metrics, ledger, evaluation and checkpoints in `config.out`.
 
     Args:
         config: the run; already checked.
         lm: base LM in its own dtype; the computation's dtype follows it.
         data: from `load_data`.
-        resume: continue from the newest checkpoint in `config.out`.
+        resume: continue from the newest checkpoint in `config.out`; if the run was ended before its first, start it.
         report: called after every step.
         cache: residuals of all rows of `data`, if they are kept (`train.cache`).
+        notice: from `preemption.listen`, if the run has to stop when it is told.
+        started: unix time from which the ledger counts; now if not given.
 
     Raises:
-        CheckpointError: `config.out` cannot be written, already holds another run, or has nothing to resume.
+        CheckpointError: `config.out` cannot be written, already holds another run, or has a checkpoint that is not of
+            this config.
         FloatingPointError: the loss is not finite; the batch is in `config.out`, and so is the last good checkpoint.
+        Preempted: the run was told to stop; its state is saved.
     """
     settings, out = config.train, config.out
+    notice, started = notice or Notice(), started or time.time()
     if not resume and (out / "checkpoints").exists():
         raise checkpoint.CheckpointError(
             f"out is {out}, which holds a run; continue it with --resume or give another folder"
         )
     checkpoint.write_config(out, config)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    with jax.set_mesh(mesh), checkpoint.open_checkpoints(out) as checkpoints, contextlib.ExitStack() as stack:
+    writes = jax.process_index() == 0
+    with (
+        jax.set_mesh(mesh),
+        checkpoint.open_checkpoints(out, settings.keep_last, settings.keep_every) as checkpoints,
+        closing(Ledger(out / LEDGER if writes else None, started)) as ledger,
+        Watchdog(settings.stuck_after) as watchdog,
+    ):
+        notice.leave_at_once(lambda: "nothing to save yet; start again with --resume")
         lm = shard_weights(lm, mesh)
         init = partial(init_state, config)
-        if resume:
-            state = checkpoint.restore(checkpoints, jax.eval_shape(init, lm), mesh, data.batches)
+        abstract = jax.eval_shape(init, lm)
+        checkpoint.check_room(out, abstract, config)
+        if resume and checkpoint.stored(checkpoints):
+            ledger.ended("init")
+            restored = checkpoint.restore(checkpoints, abstract, mesh)
+            state = restored.state
+            data.batches.set_state({"next_index": checkpoint.resume_position(restored)})
+            ledger.went_back(int(state.step))
+            ledger.ended("restore", int(state.step))
         else:
-            state = jax.jit(init, out_shardings=shardings(jax.eval_shape(init, lm), mesh))(lm)
-        step_fn = jax.jit(partial(train_step, config=config), donate_argnums=0)
-        loss_fn = jax.jit(partial(batch_loss, config=config))
-        evaluation = {name: [shard_batch(b, mesh) for b in rows] for name, rows in data.evaluation.items()}
-        every = evaluation_interval(lm.config, config, data.layout, data.evaluation)
-        base: dict[str, float] = {}  # losses of the unsteered base LM: frozen, so measured once
+            state = jax.jit(init, out_shardings=shardings(abstract, mesh))(lm)
+            ledger.ended("init")
+            notice.hold()
+            checkpoint.save(checkpoints, 0, state, 0, config=config)
+            ledger.ended("save", 0)
         start = int(state.step)
-        log = MetricsLog(out / "metrics.jsonl", start)
-        stack.callback(log.close)
-        begin = clock = time.perf_counter()
-        evaluating = 0.0
 
-        def settle(index: int, metrics: Metrics, batch: SteeringBatch) -> None:
-            """Waits for a dispatched step's values, then checks, logs and reports them."""
-            nonlocal clock
-            row = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            now = time.perf_counter()
-            seconds, clock = now - clock, now
-            if not np.isfinite([row["loss"], row["grad_norm"]]).all():
-                raise _not_finite(out, index, row, batch)
-            log.write(index, row | {"seconds": round(seconds, 4)})
-            if report is not None:
-                report(Report(index + 1, row["loss"], row["tokens"] / seconds, {}, evaluating / (now - begin)))
+        def last_act() -> str:
+            checkpoint.wait(checkpoints)
+            return _saved(start, out)
 
-        pending: tuple[int, Metrics, SteeringBatch] | None = None
+        notice.leave_at_once(last_act)
+        with closing(MetricsLog(out / "metrics.jsonl" if writes else None, start)) as log:
+            loop = _Loop(config, lm, data, cache, mesh, checkpoints, notice, watchdog, ledger, log, report)
+            if start == settings.steps and not loop.owes_evaluation(start):
+                return state
+            loop.compile(state)
+            return loop.run(state, start)
+
+
+def _saved(step: int, out: Path) -> str:
+    return f"preempted at step {step}; state saved in {out}; start again with --resume"
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def _shapes(batch: SteeringBatch) -> Shapes:
+    return tuple(array.shape for array in batch)
+
+
+class _Abandoned(Exception):
+    """An evaluation, because the run has to stop."""
+
+
+@dataclass
+class _Loop:
+    """The steps of one attempt and what comes between them; `compile`, then `run`."""
+
+    config: RunConfig
+    lm: LM
+    data: TrainData
+    cache: ActivationCache | None
+    mesh: Mesh
+    checkpoints: Any
+    notice: Notice
+    watchdog: Watchdog
+    ledger: Ledger
+    log: MetricsLog
+    report: Callable[[Report], None] | None
+
+    def __post_init__(self) -> None:
+        data, config = self.data, self.config
+        self.every = evaluation_interval(self.lm.config, config, data.layout, data.evaluation)
+        self.evaluation = {name: [shard_batch(b, self.mesh) for b in rows] for name, rows in data.evaluation.items()}
+        self.base: dict[str, float] = {}  # losses of the unsteered base LM: frozen, so measured once
+        self.steps: dict[Shapes, Callable[..., tuple[TrainState, Metrics]]] = {}
+        self.losses: dict[Shapes, Loss] = {}
+        self.ask = agreement(self.mesh)
+        self.asked = self.ask(False)  # the newest answer, which may not be known yet
+        self.stopping = False  # the newest answer that is
+        self.pending: tuple[int, Metrics, SteeringBatch] | None = None  # the step whose values are not known yet
+        self.loss = float("nan")  # of the last step whose values are known
+        self.evaluating = 0.0  # seconds
+
+    def compile(self, state: TrainState) -> None:
+        """Compiles all that the run will need, so that no step does, and a shape that is too large is known now."""
+        step = jax.jit(partial(train_step, config=self.config), donate_argnums=0)
+        for batch in example_batches(self.data, self.config.train.batch, share_of(self.mesh)):
+            if _shapes(batch) not in self.steps:
+                placed, residual = self.place(batch)
+                self.steps[_shapes(batch)] = step.lower(state, self.lm, placed, residual=residual).compile()
+                self.watchdog.progress()
+        loss = jax.jit(partial(batch_loss, config=self.config))
+        for rows in self.evaluation.values() if self.every else ():
+            if _shapes(rows[0]) not in self.losses:
+                self.losses[_shapes(rows[0])] = loss.lower(state.hypernet, self.lm, rows[0]).compile()
+                self.watchdog.progress()
+        self.ask(False).block_until_ready()  # all processes are here
+        self.ledger.ended("compile")
+
+    def run(self, state: TrainState, start: int) -> TrainState:
+        """From `start` to the last step."""
+        settings = self.config.train
+        self.notice.hold()
+        self.begin = self.clock = time.perf_counter()
+        if self.owes_evaluation(start):
+            self.evaluate(state, start)
+            if self.stopping:
+                self.leave(start)
+        first = start  # step of the current stretch
         for index in range(start, settings.steps):
-            batch, done = next(data.batches), index + 1
+            state, done = self.step(state, index), index + 1
             last = done == settings.steps
             saves = last or (settings.save_every > 0 and done % settings.save_every == 0)
-            evaluates = every > 0 and (last or done % every == 0)
-            residual = None if cache is None else shard_batch(cache.read(batch), mesh)
-            state, metrics = step_fn(state, lm, shard_batch(batch, mesh), residual=residual)
-            if pending is not None:
-                settle(*pending)
-            pending = (index, metrics, batch)
-            if not (saves or evaluates):
+            if not (saves or self.evaluates(done) or self.stopping):
                 continue
-            settle(*pending)  # a state that is not finite must not be saved
-            pending = None
+            self.settle()  # a state that is not finite must not be saved
+            self.ledger.ended("step", first, done)
+            first = done
+            saves = saves or self.stopping
             if saves:
-                checkpoint.save(checkpoints, done, state, data.batches)
-            if evaluates:
-                clock = time.perf_counter()
-                for name, rows in evaluation.items():
-                    base.setdefault(name, evaluate_loss(loss_fn, state.hypernet, lm, list(map(unsteered, rows))))
-                losses = {
-                    name: EvalLoss(evaluate_loss(loss_fn, state.hypernet, lm, rows), base[name])
-                    for name, rows in evaluation.items()
-                }
-                now = time.perf_counter()
-                evaluating += now - clock
-                share = evaluating / (now - begin)
-                measured = {name: loss._asdict() for name, loss in losses.items()}
-                log.write(index, {"evaluation": measured, "evaluation_share": round(share, 4)})
-                if report is not None:
-                    report(Report(done, metrics["loss"].item(), 0.0, losses, share))
-            clock = time.perf_counter()
-    return state
+                self.save(state, done)
+            if self.evaluates(done) and not self.stopping:
+                self.evaluate(state, done)
+            if self.stopping:
+                if not saves:
+                    self.save(state, done)
+                self.leave(done)
+            self.clock = time.perf_counter()
+        checkpoint.wait(self.checkpoints)
+        self.ledger.ended("save", settings.steps)
+        return state
+
+    def place(self, batch: SteeringBatch) -> tuple[SteeringBatch, Any]:
+        """A batch and its residual, if they are kept, on the devices."""
+        residual = None if self.cache is None else shard_batch(self.cache.read(batch), self.mesh)
+        return shard_batch(batch, self.mesh), residual
+
+    def step(self, state: TrainState, index: int) -> TrainState:
+        """Dispatches a step, and waits for the one before it."""
+        batch = next(self.data.batches)
+        placed, residual = self.place(batch)
+        self.asked = self.ask(self.notice.told)
+        state, metrics = self.steps[_shapes(batch)](state, self.lm, placed, residual=residual)
+        self.settle()
+        self.pending = (index, metrics, batch)
+        return state
+
+    def settle(self) -> None:
+        """Waits for the values of the last step but those that are known; checks, logs and reports them."""
+        if self.pending is None:
+            return
+        (index, metrics, batch), self.pending = self.pending, None
+        values, asked = jax.device_get((metrics, self.asked))
+        row = {name: value.item() for name, value in values.items()}
+        self.loss, self.stopping = row["loss"], bool(asked)
+        self.watchdog.progress()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        if not np.isfinite([row["loss"], row["grad_norm"]]).all():
+            raise _not_finite(self.config.out, index, row, batch)
+        self.log.write(index, row | {"seconds": round(seconds, 4)})
+        if self.report is not None:
+            share = self.evaluating / (now - self.begin)
+            self.report(Report(index + 1, row["loss"], row["tokens"] / seconds, {}, share))
+
+    def save(self, state: TrainState, done: int) -> None:
+        """Starts saving, once the save before it is through."""
+        position = self.data.batches.get_state()["next_index"]
+        checkpoint.save(self.checkpoints, done, state, position, config=self.config)
+        self.watchdog.progress()
+        self.ledger.ended("save", done)
+
+    def leave(self, done: int) -> NoReturn:
+        """Ends the run when its state is on disk."""
+        checkpoint.wait(self.checkpoints)
+        self.ledger.ended("save", done)
+        raise Preempted(_saved(done, self.config.out))
+
+    def evaluates(self, done: int) -> bool:
+        """Whether there is an evaluation after so many steps."""
+        return self.every > 0 and done > 0 and (done == self.config.train.steps or done % self.every == 0)
+
+    def owes_evaluation(self, start: int) -> bool:
+        """Whether the last attempt was ended in the evaluation after its last step; only one process has the log."""
+        owes = self.evaluates(start) and jax.process_index() == 0 and not self.log.evaluated(start - 1)
+        return bool(self.ask(owes))
+
+    def evaluate(self, state: TrainState, done: int) -> None:
+        """Measures, logs and reports the losses of all sets, unless the run has to stop."""
+        begin = time.perf_counter()
+
+        def loss(batches: list[SteeringBatch]) -> float:
+            return evaluate_loss(self.losses[_shapes(batches[0])], state.hypernet, self.lm, self.heeding(batches))
+
+        try:
+            for name, rows in self.evaluation.items():
+                if name not in self.base:
+                    self.base[name] = loss([unsteered(batch) for batch in rows])
+            losses = {name: EvalLoss(loss(rows), self.base[name]) for name, rows in self.evaluation.items()}
+        except _Abandoned:
+            self.ledger.ended("lost", done)
+            return
+        now = time.perf_counter()
+        self.evaluating += now - begin
+        share = self.evaluating / (now - self.begin)
+        measured = {name: values._asdict() for name, values in losses.items()}
+        self.log.write(done - 1, {"evaluation": measured, "evaluation_share": round(share, 4)})
+        self.ledger.ended("eval", done)
+        if self.report is not None:
+            self.report(Report(done, self.loss, 0.0, losses, share))
+
+    def heeding(self, batches: list[SteeringBatch]) -> Iterator[SteeringBatch]:
+        """The batches of an evaluation, as long as nobody is told to stop."""
+        for batch in batches:
+            self.stopping = bool(self.ask(self.notice.told))
+            if self.stopping:
+                raise _Abandoned
+            yield batch
+            self.watchdog.progress()
+
+
+def example_batches(data: TrainData, batch: int, share: Share) -> list[SteeringBatch]:
+    """This process's share of one batch of `batch` rows, for each shape that training meets."""
+    sequences, bucket_of, buckets = data.layout
+    shape = (batch // sequences.shape[1], sequences.shape[1])
+    return [
+        collate(data.rows, np.resize(sequences[bucket_of == index], shape), bucket, share)
+        for index, bucket in enumerate(buckets)
+    ]
 
 
 def _not_finite(out: Path, step: int, row: Metrics, batch: SteeringBatch) -> FloatingPointError:

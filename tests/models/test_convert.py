@@ -252,7 +252,8 @@ def write_run(folder: Path, hypernet: Hypernet, lm_folder: Path, **settings: Any
     config = dataclasses.replace(config, **settings)
     checkpoint.write_config(folder, config)
     with checkpoint.open_checkpoints(folder) as checkpoints:
-        checkpoint.save(checkpoints, 7, new_state(hypernet, config.train)._replace(step=jnp.asarray(7)))
+        state = new_state(hypernet, config.train)._replace(step=jnp.asarray(7))
+        checkpoint.save(checkpoints, 7, state, config=config)
 
 
 def test_hyperstuff_to_run_to_release_gives_the_same_vectors(stuff: Path, lm_folder: Path, tmp_path: Path) -> None:
@@ -299,10 +300,10 @@ def test_a_converted_run_steers_but_has_nothing_to_resume(release: Path, lm_fold
     state = new_state(bfloat16_net(), TrainConfig())
     with checkpoint.open_checkpoints(tmp_path / "run") as checkpoints:
         back = checkpoint.restore(checkpoints, jax.eval_shape(lambda: state), launch.make_mesh())
-        assert isinstance(back, TrainState)
-        assert_same(back, state)
-        with pytest.raises(checkpoint.CheckpointError, match="cannot be restored"):
-            checkpoint.restore(checkpoints, jax.eval_shape(lambda: state), launch.make_mesh(), data=object())
+    assert isinstance(back.state, TrainState)
+    assert_same(back.state, state)
+    with pytest.raises(checkpoint.CheckpointError, match="no place in the data, so it can be steered with but not"):
+        checkpoint.resume_position(back)
 
 
 def test_regression_to_run_and_back_is_the_same_file(regression: Path, lm_folder: Path, tmp_path: Path) -> None:
@@ -639,7 +640,7 @@ def test_a_target_that_exists_is_left_alone(release: Path, lm_folder: Path, tmp_
 def test_a_write_that_fails_leaves_nothing(
     release: Path, lm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full)

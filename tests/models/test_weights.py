@@ -15,7 +15,7 @@ from hypersteer_jax.models import weights
 from hypersteer_jax.models.lm import LM, cast
 from hypersteer_jax.models.presets import PRESETS
 from hypersteer_jax.models.weights import WeightsError, lm_from_tensors, lm_tensors, load_lm, resolve, save_lm
-from hypersteer_jax.sharding import make_mesh
+from hypersteer_jax.sharding import make_mesh, shardings
 from tests.models.tiny import CONFIGS, random_lm
 
 SHARD = 20_000  # bytes; each tiny LM becomes several files
@@ -132,11 +132,43 @@ def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_a_mesh_splits_the_weights(saved: Path) -> None:
-    whole, split = load_lm(saved, jnp.float32), load_lm(saved, jnp.float32, make_mesh(fsdp=4))
-    assert split.blocks.mlp.gate[...].sharding.shard_shape((4, 32, 48)) == (4, 32, 12)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("name", ["gemma2", "qwen2"])  # a tied head, and a head and biases
+def test_weights_are_read_straight_into_their_places(
+    name: str, axes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_lm(random_lm(CONFIGS[name]), tmp_path)
+    whole, mesh, read = load_lm(tmp_path, jnp.float32), make_mesh(**axes), []
+
+    def watched(handle, name, index):
+        found = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        read.append((name, found.size / np.prod(handle.get_slice(name).get_shape())))
+        return found
+
+    monkeypatch.setattr(weights, "_slice", watched)
+    split = load_lm(tmp_path, jnp.float32, mesh)
+    assert_same(split, whole)
+    for leaf, wanted in zip(jax.tree.leaves(split), jax.tree.leaves(shardings(split, mesh)), strict=True):
+        assert leaf.sharding == wanted
+    parts = axes.get("fsdp", 1) * axes.get("tensor", 1)
+    for tensor in ("mlp.gate_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj"):
+        assert {share for name, share in read if tensor in name and "bias" not in name} == {1 / parts}, tensor
+
+
+def test_part_of_an_axis_that_is_no_run_in_the_file() -> None:
+    """The channels of a head lie together only within it, so whole heads are read, and then cut."""
+    lm = random_lm(CONFIGS["llama"])
+    sizes, tensors = weights._sizes(lm.config), lm_tensors(lm)
+    for name, path, here, there in (
+        ("q_proj", lm.blocks.attention.q, "D N H", "NH D"),
+        ("o_proj", lm.blocks.attention.o, "N H D", "D NH"),
+    ):
+        array = np.asarray(path[...])[1]
+        cuts = {"D": range(8, 24), "N": range(1, 3), "H": range(3, 9)}
+        slot = weights.Slot("", None, there, here)
+        stored = weights._in_memory(tensors[f"model.layers.1.self_attn.{name}.weight"])
+        found = weights._read_tensor(stored, slot, [cuts[axis] for axis in here.split()], sizes)
+        np.testing.assert_array_equal(found, array[tuple(slice(cuts[a].start, cuts[a].stop) for a in here.split())])
 
 
 def test_a_tied_lm_may_bring_its_head_twice(saved: Path) -> None:

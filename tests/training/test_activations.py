@@ -18,7 +18,8 @@ from hypersteer_jax.models.lm import LM, cast
 from hypersteer_jax.sharding import make_mesh, shard_weights
 from hypersteer_jax.steering import read_context
 from hypersteer_jax.training import activations
-from hypersteer_jax.training.activations import ActivationCache, checksum, fingerprint, open_cache
+from hypersteer_jax.training.activations import ActivationCache, fingerprint, open_cache
+from hypersteer_jax.training.checksum import checksum
 from tests.conftest import random_rows
 from tests.models.tiny import CONFIGS, random_lm
 

@@ -18,6 +18,7 @@ from hypersteer_jax.training.checkpoint import (
     open_checkpoints,
     read_config,
     restore,
+    resume_position,
     save,
     write_config,
 )
@@ -47,10 +48,14 @@ def batches():
     return iterator(ROWS, make_layout(ROWS, DataConfig(buckets=1), seed=3), 2, seed=3)
 
 
+def stored(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
 def saved(folder: Path, state: TrainState, steps: list[int]) -> None:
     with open_checkpoints(folder) as checkpoints:
         for step in steps:
-            save(checkpoints, step, state._replace(step=state.step * 0 + step), batches())
+            save(checkpoints, step, state._replace(step=state.step * 0 + step), 5, config=CONFIG)
 
 
 @pytest.mark.parametrize("axes", [{}, {"fsdp": 4}, {"data": 2, "fsdp": 2}], ids=str)
@@ -58,7 +63,7 @@ def test_state_comes_back_exactly_on_any_mesh(tmp_path: Path, state: TrainState,
     saved(tmp_path, state, [7])
     mesh = make_mesh(**axes)
     with open_checkpoints(tmp_path) as checkpoints:
-        back = restore(checkpoints, abstract(), mesh)
+        back = restore(checkpoints, abstract(), mesh).state
     assert int(back.step) == 7
     assert jax.tree.structure(back) == jax.tree.structure(state)
     wanted = jax.tree.leaves(shardings(back[1:], mesh))
@@ -73,8 +78,8 @@ def test_state_comes_back_exactly_on_any_mesh(tmp_path: Path, state: TrainState,
 def test_newest_of_the_last_three_comes_back(tmp_path: Path, state: TrainState) -> None:
     saved(tmp_path, state, [1, 2, 5, 9])
     with open_checkpoints(tmp_path) as checkpoints:
-        assert [int(each.step) for each in checkpoints.checkpoints] == [2, 5, 9]
-        assert int(restore(checkpoints, abstract(), make_mesh()).step) == 9
+        assert int(restore(checkpoints, abstract(), make_mesh()).state.step) == 9
+    assert stored(tmp_path) == ["2", "5", "9"]
 
 
 def test_data_goes_on_where_it_was(tmp_path: Path, state: TrainState) -> None:
@@ -82,11 +87,11 @@ def test_data_goes_on_where_it_was(tmp_path: Path, state: TrainState) -> None:
     for _ in range(3):
         next(data)
     with open_checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, 3, state, data)
+        save(checkpoints, 3, state, data.get_state()["next_index"], config=CONFIG)
         expected = [next(data) for _ in range(4)]  # through the end of an epoch
     again = batches()
     with open_checkpoints(tmp_path) as checkpoints:
-        restore(checkpoints, abstract(), make_mesh(), again)
+        again.set_state({"next_index": resume_position(restore(checkpoints, abstract(), make_mesh()))})
     for one, two in zip(expected, (next(again) for _ in range(4)), strict=True):
         for left, right in zip(one, two, strict=True):
             np.testing.assert_array_equal(left, right)
@@ -96,10 +101,10 @@ def test_data_goes_on_where_it_was(tmp_path: Path, state: TrainState) -> None:
 def test_saving_does_not_wait_and_does_not_mind_donation(tmp_path: Path, state: TrainState) -> None:
     copy = jax.tree.map(lambda x: x.copy(), state)
     with open_checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, 1, copy, batches())
+        save(checkpoints, 1, copy, config=CONFIG)
         jax.tree.map(lambda x: x.delete(), copy)  # what a step does to the buffers it is given
     with open_checkpoints(tmp_path) as checkpoints:
-        back = restore(checkpoints, abstract(), make_mesh())
+        back = restore(checkpoints, abstract(), make_mesh()).state
     np.testing.assert_array_equal(back.hypernet.head[...], state.hypernet.head[...])
 
 
@@ -114,9 +119,15 @@ def test_nothing_to_restore(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hypernet", "why"),
     [
-        (HypernetConfig(blocks=3), r"hypernet\.blocks\.attention\.k\.value is \(2, .*, wanted \(3, .*; and \d+ more$"),
-        (HypernetConfig(blocks=2, memory_norm=True), r"hypernet\.memory_norm\.value is absent, wanted \(32,\)"),
-        (HypernetConfig(blocks=2, embedding="shared"), r"hypernet\.embedding\.value is \(97, 32\), wanted absent"),
+        (
+            HypernetConfig(blocks=3),
+            r"hypernet\.blocks\.attention\.k\.value is \(2, .*, wanted \(3, .*; and \d+ more$",
+        ),
+        (HypernetConfig(blocks=2, memory_norm=True), r"hypernet\.memory_norm\.value is absent, wanted \(32,\) float32"),
+        (
+            HypernetConfig(blocks=2, embedding="shared"),
+            r"hypernet\.embedding\.value is \(97, 32\) .*, wanted absent",
+        ),
     ],
 )
 def test_another_network_is_refused_by_name(

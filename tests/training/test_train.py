@@ -375,9 +375,11 @@ def test_folder_that_holds_a_run_is_refused(whole: Run) -> None:
     assert metrics_of(whole.config.out) == before
 
 
-def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        train(dataclasses.replace(CONFIG, out=tmp_path / "run"), LM, data(), resume=True)
+def test_run_that_was_ended_before_its_first_checkpoint_starts(whole: Run, tmp_path: Path) -> None:
+    config = dataclasses.replace(whole.config, out=tmp_path / "run")
+    (config.out / "checkpoints").mkdir(parents=True)
+    assert_same(train(config, LM, data(evaluate=True), resume=True), whole.state)
+    assert metrics_of(config.out) == metrics_of(whole.config.out)
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
@@ -395,7 +397,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert np.isnan(stored.factor).tolist() == [True, False, False, False]
     assert [row["step"] for row in metrics_of(config.out)] == [0, 1, 1]
     with open_checkpoints(config.out) as checkpoints:
-        state = restore(checkpoints, jax.eval_shape(partial(init_state, config), LM), make_mesh())
+        state = restore(checkpoints, jax.eval_shape(partial(init_state, config), LM), make_mesh()).state
     assert int(state.step) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
