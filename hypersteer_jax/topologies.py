@@ -13,6 +13,7 @@ from hypersteer_jax.config import ConfigError
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # do not look for a TPU
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google Cloud what host this is
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once: none of them uses a chip
     "TPU_WORKER_HOSTNAMES": "localhost",  # libtpu complains without these two; neither changes what it compiles
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
