@@ -1,14 +1,16 @@
 """What a training run needs of a TPU slice and how long it takes at least, found out on a CPU host.
 
     topology = find_topology("v6e-8")
-    plan = make_plan(RECIPES["gemma2-2b"][1], PRESETS["gemma-2-2b"], topology, TYPICAL)
-    plan.fits, plan.bound.seconds, plan.advice
+    plan = make_plan(config, PRESETS["gemma-2-2b"], topology, TYPICAL)
+    plan.fits, plan.result.needed, plan.bound.seconds
+    find_change(plan, PRESETS["gemma-2-2b"])                   # if it does not fit
 
 The step that is compiled is the real one, `train_step` with its real shardings, by the TPU's own compiler (libtpu) from
 abstract arguments: no weight is allocated and nothing runs, so nothing is timed. Memory is the compiler's answer. Time
 is a bound from below: what the arithmetic, the memory or the links take at the makers' figures, whichever is longest.
 
-`lower_step` and `predict_memory` need no libtpu and no more than seconds; the prediction is a formula, not an answer.
+`lower_step` and `predict_memory` need no libtpu and no more than seconds; a prediction is a formula, not an answer, and
+tends to be too high where the compiler need not make an array, too low where it keeps two copies.
 
 Letters: T sequence, C context, R scored tokens of a sequence, P steering prompt, S slots of a cache.
 """
@@ -81,7 +83,7 @@ class Prediction(NamedTuple):
     lm: int  # stored weights of the base LM
     state: int  # stored weights of the hypernetwork and their two moments, float32
     batch: int
-    saved: int  # what automatic differentiation keeps for the backward pass, gathered weights included
+    saved: int  # what automatic differentiation keeps for the backward pass
     gradients: int  # float32, split like the weights
     logits: int  # of one chunk of positions and their gradient, and the gathered head
 
@@ -216,7 +218,9 @@ def run_shape(config: RunConfig, lengths: tuple[int, int, int, int] | None, say:
         prompter = Prompter(load_tokenizer(folder)) if here else load_base(TINYWORLD, "bfloat16")[1]
         return load_data(config, prompter, say).layout.buckets[-1]  # the last holds every sequence
     say("neither the base LM's folder nor the data are here: lengths as in AxBench's files; give others with --shape")
-    return TYPICAL if config.data.pack else TYPICAL_ALONE
+    usual = TYPICAL if config.data.pack else TYPICAL_ALONE
+    reads_prompt = config.hypernet.variant == "in_context"  # behind the steering prompt
+    return usual._replace(concept=usual.concept + usual.context) if reads_prompt else usual
 
 
 def mesh_sizes(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:

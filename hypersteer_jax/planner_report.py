@@ -136,7 +136,7 @@ def plan_table(plan: Plan, price: float | None) -> Table:
     )
     table.add_row(
         "assumed",
-        "compiled, not timed: every device at the makers' peak, all links of a chip busy, and only the longest of "
+        "compiled, not timed: every device at the makers' peak for bfloat16, all links of a chip busy, and only the longest of "
         "arithmetic, memory and links waited for",
     )
     if traffic.unknown_loops:

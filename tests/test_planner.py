@@ -197,6 +197,8 @@ def test_lengths_given_or_usual() -> None:
     assert not said
     assert (run_shape(config, None, said.append), run_shape(alone, None, said.append)) == (TYPICAL, TYPICAL_ALONE)
     assert all("--shape" in line for line in said)
+    in_context = dataclasses.replace(config, hypernet=HypernetConfig(variant="in_context"))
+    assert run_shape(in_context, None, said.append).concept == TYPICAL.concept + TYPICAL.context
 
 
 def test_lengths_of_the_data_where_they_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
