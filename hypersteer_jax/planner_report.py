@@ -136,8 +136,8 @@ def plan_table(plan: Plan, price: float | None) -> Table:
     )
     table.add_row(
         "assumed",
-        "compiled, not timed: every device at the makers' peak for bfloat16, all links of a chip busy, and only the longest of "
-        "arithmetic, memory and links waited for",
+        "compiled, not timed: every device at the makers' peak for bfloat16, all links of a chip busy, and only the "
+        "longest of arithmetic, memory and links waited for",
     )
     if traffic.unknown_loops:
         table.add_row("note", f"{traffic.unknown_loops} loops have no known length and were counted once")
