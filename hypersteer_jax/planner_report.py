@@ -94,6 +94,10 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
 
 
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
 def _device(topology: Topology) -> str:
     return "chip" if topology.kind.devices == 1 else "core, two to a chip"
 
@@ -106,7 +110,7 @@ def plan_table(plan: Plan, price: float | None) -> Table:
     table.add_column()
     slices = f" x {topology.slices} slices" if topology.slices > 1 else ""
     mesh = " x ".join(f"{name} {size}" for name, size in zip(AXES, plan.sizes, strict=True))
-    table.add_row("slice", f"{topology.name}{slices}: {topology.chips} chips on {topology.hosts} hosts; mesh {mesh}")
+    table.add_row("slice", f"{topology.name}{slices}: chips {topology.chips}, hosts {topology.hosts}; mesh {mesh}")
     table.add_row(
         "batch",
         f"{config.train.batch} rows, {plan.shape.rows} in a sequence of {plan.shape.tokens} tokens, "
@@ -116,13 +120,13 @@ def plan_table(plan: Plan, price: float | None) -> Table:
     table.add_row("arguments", _named(dict(plan.largest)))
     flops = {name: value / plan.flops.total for name, value in plan.flops._asdict().items()}
     shares = ", ".join(f"{name} {share:.1%}" for name, share in flops.items() if share)
-    table.add_row("FLOPs", f"{plan.flops.total / 1e12:.1f} T a step over all devices: {shares}")
+    table.add_row("FLOPs", f"{plan.flops.total / 1e12:.3g} T a step over all devices: {shares}")
     if isinstance(result, TooLarge) or plan.bound is None:
         return table
     bound, traffic = plan.bound, result.traffic
     parts = {"arguments": result.arguments, "temporaries": result.temporaries}
-    table.add_row("memory", f"{_named(parts, result.needed)}; at most {_gib(result.peak)} of it at one time")
-    table.add_row("largest made", "\n".join(f"{_gib(size)} GiB {name}" for name, size in traffic.largest))
+    table.add_row("memory", f"{_named(parts, result.needed)}; at most {_size(result.peak)} of it at one time")
+    table.add_row("largest made", "\n".join(f"{_size(size)} {name}" for name, size in traffic.largest))
     sent = [f"{each.kind} {each.times} times, {(each.ici + each.dcn) / 1e9:.2f} GB" for each in traffic.collectives]
     table.add_row("sent", "; ".join(sent) or "nothing")
     waits = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in bound._asdict().items())
@@ -145,9 +149,9 @@ def plan_table(plan: Plan, price: float | None) -> Table:
 
 
 def _named(sizes: dict[str, int], total: int | None = None) -> str:
-    """Sizes by name, in GiB of a device."""
-    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
-    return f"{listed} GiB" if total is None else f"{_gib(total)} GiB: {listed}"
+    """Sizes by name, on one device, and their sum if it is given."""
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+    return listed if total is None else f"{_size(total)}: {listed}"
 
 
 def decode_line(plan: DecodePlan, topology: Topology) -> str:
