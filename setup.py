@@ -35,6 +35,11 @@ AXBENCH = [
     "importlib_resources>=6",  # a builder imports it, but tensorflow-datasets asks for it only below Python 3.9
 ]
 
+ENDPOINT = [
+    "openai>=3,<4",  # the client of every OpenAI-compatible endpoint; 3.57 is the version tried, a major renames
+    "tenacity>=9,<10",  # retries that a waiting thread can be called out of; 9.2 is the version tried
+]
+
 TORCH = [
     # The reference of the parity tests, so one exact version: unpinned, it is an upgrade nobody looked at, and on Linux
     # gigabytes of CUDA. The CPU build is enough.
@@ -46,6 +51,8 @@ TEST = [
     "pytest-xdist>=3.8,<4",  # pyproject.toml asks for two processes; 3.8 is the version tried
     "ruff>=0.17.6,<0.18",  # format and rules change with the minor
     "mypy>=2.4,<2.5",  # a new minor finds new errors
+    *AXBENCH,  # its tests build and read small data sets
+    *ENDPOINT,  # its tests talk to a server of their own
 ]
 
 setup(
@@ -68,10 +75,11 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hypersteer_jax", "hypersteer_jax.*"]),
-    package_data={"hypersteer_jax": ["data/tinyworld/*.json", "data/tinyworld/lm/*"]},
+    package_data={"hypersteer_jax": ["data/tinyworld/*.json", "data/tinyworld/lm/*", "data/axbench/*.jsonl"]},
     install_requires=CORE,
     extras_require={
         "axbench": AXBENCH,
+        "endpoint": ENDPOINT,
         "torch": TORCH,
         "test": TEST,
         "tpu": [f"jax[tpu]{JAX_RANGE}"],  # libtpu of exactly this jax

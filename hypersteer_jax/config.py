@@ -110,8 +110,8 @@ class SelectionConfig:
 class DataConfig:
     """What to train on and how rows become batches."""
 
-    source: str = "tinyworld"  # "tinyworld", or a .parquet (AxBench train_data) or .jsonl file
-    held_out_concepts: int = 10  # concepts of a file kept out of training (the tiny world has its own splits)
+    source: str = "tinyworld"  # or a .parquet (AxBench train_data) or .jsonl file, or what `data prepare` made
+    held_out_concepts: int = 10  # concepts of a file kept out of training (the other sources have their own splits)
     max_concepts: int | None = None  # train on this many steering prompts only (scaling experiments)
     max_prompt: int = 512  # tokens, chat template included
     max_response: int = 128  # tokens; longer responses are cut, as AxBench cuts generation

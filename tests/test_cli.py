@@ -24,7 +24,7 @@ def test_help_imports_no_jax():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("quickstart", "train", "steer", "convert", "check-golden", "compare"):
+    for command in ("quickstart", "train", "steer", "convert", "check-golden", "compare", "data"):
         assert command in out
 
 
@@ -48,6 +48,11 @@ def test_an_unknown_recipe_lists_the_known_ones(monkeypatch, capsys):
         (["check-golden", "nowhere"], "not a golden case"),
         (["train", "tinyworld", "--lm", "no/such-model", "--out", "x"], "not a directory"),
         (["train", "tinyworld", "--data.source", "train.parquet", "--out", "x"], "no such file"),
+        (["train", "tinyworld", "--data.source", ".", "--out", "x"], "no dataset_info.json here"),
+        (["data", "prepare", "mine", "--out", "x"], "mine: not a set of AxBench"),
+        (["data", "prepare", "concept500_2b_l20", "--out", "x"], "as a dataset of the hub it could not be had"),
+        (["data", "describe", "nowhere.parquet", "--out", "x"], "no such file"),
+        (["data", "make", "ho50", "--instructions", "pool.jsonl", "--out", "x"], "neither a file nor one of ho500"),
         (["train", "tinyworld", "--hypernet.blocks", "9", "--out", "x"], "hypernet.blocks is 9"),
         (["train", "tinyworld", "--steering.layers", "7", "--out", "x"], "the base LM has blocks 0 to"),
         (["train", "tinyworld", "--train.attention", "splash", "--out", "x"], "train.attention is splash"),
