@@ -98,7 +98,7 @@ def read_traffic(text: str, slices: int = 1, largest: int = 5) -> Traffic:
     found: dict[str, Collective] = {}
     for step in steps:
         opcode = step.instruction.opcode.removesuffix("-start")
-        if opcode in COLLECTIVES:
+        if opcode in COLLECTIVES and not _goes_on(program, step.where, step.instruction):
             each = _collective(program, step, opcode, slices)
             before = found.get(each.kind, Collective(each.kind, 0, 0, 0, 0))
             found[each.kind] = Collective(each.kind, *(a + b for a, b in zip(before[1:], each[1:], strict=True)))
@@ -234,6 +234,16 @@ def _collective(program: Program, step: Step, opcode: str, slices: int) -> Colle
     return Collective(opcode, times, times * size, times * ici, times * dcn)
 
 
+def _goes_on(program: Program, where: str, instruction: Instruction) -> bool:
+    """Whether a collective is one that an earlier fusion has begun.
+
+    The TPU's compiler splits a collective into a chain of fusions that compute something else meanwhile, and it is named
+    in each of them.
+    """
+    begins = "AsyncCollectiveStart" in program.computations[where][program.roots[where]].rest
+    return "chain_id=" in instruction.rest and not begins
+
+
 def _slice(device: int, devices: int, slices: int) -> int:
     return device * slices // devices
 
@@ -324,13 +334,15 @@ def _fusion_memory(program: Program, fusion: Instruction, operands: list[str]) -
     (name,) = _called(fusion)
     inside = program.computations[name]
     read = sum(
-        min(_main(shape), _read(program, inside, parameter))
+        min(_main(shape), _read(program, name, parameter))
         for parameter, shape in zip(_parameters(inside), operands, strict=True)
     )
     results, arrays = _results(inside, program.roots[name]), _arrays(fusion.shape)
     if len(results) != len(arrays):  # the root is one instruction with several results: none is an update
         return read + _main(fusion.shape)
     for result, (size, main) in zip(results, arrays, strict=True):
+        if result.opcode == "parameter" or "AsyncCollectiveDone" in result.rest or _goes_on(program, name, result):
+            continue  # handed on
         inplace = result.opcode == "dynamic-update-slice"
         read += main * (_bytes(inside[result.operands[1]].shape) if inplace else size)
     return read
@@ -342,18 +354,20 @@ def _parameters(computation: Computation) -> list[str]:
     return [each.name for each in sorted(found, key=lambda each: int(each.rest.strip("()").partition(")")[0]))]
 
 
-def _read(program: Program, inside: Computation, name: str) -> int:
+def _read(program: Program, where: str, name: str) -> int:
     """Bytes of one array that the instructions of a fusion read; an array is read whole but for its slices."""
-    total = 0
+    inside, total = program.computations[where], 0
     for user in inside.values():
         for place in (at for at, operand in enumerate(user.operands) if operand == name):
             if user.opcode in ("slice", "dynamic-slice", "gather"):
                 total += _bytes(user.shape)
             elif user.opcode in ("bitcast", "tuple"):
-                total += _read(program, inside, user.name)
+                total += _read(program, where, user.name)
             elif user.opcode == "fusion":
-                deeper = program.computations[_called(user)[0]]
-                total += _read(program, deeper, _parameters(deeper)[place])
+                (deeper,) = _called(user)
+                total += _read(program, deeper, _parameters(program.computations[deeper])[place])
+            elif "AsyncCollective" in user.rest or _goes_on(program, where, user):
+                continue
             elif not (user.opcode == "dynamic-update-slice" and place == 0):
                 return _bytes(inside[name].shape)
     return total

@@ -179,6 +179,56 @@ def test_arrays_outside_main_memory_are_no_traffic() -> None:
     assert traffic.memory == turns * 32 * 2 + 2 * array + counter
 
 
+CHAIN = """HloModule step, is_scheduled=true, num_partitions=8
+
+%begin (a: bf16[64,128]) -> (bf16[64,128], bf16[512,128], u32[]) {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %all-gather.1 = bf16[512,128]{1,0} all-gather(%a), channel_id=96, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %started = (bf16[64,128]{1,0}, bf16[512,128]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (b: bf16[64,128], c: bf16[512,128], d: u32[], e: bf16[16,128]) -> (bf16[16,128], bf16[64,128], bf16[512,128], bf16[512,128], u32[]) {
+  %e = bf16[16,128]{1,0} parameter(3)
+  %twice = bf16[16,128]{1,0} add(%e, %e)
+  %b = bf16[64,128]{1,0} parameter(0)
+  %c = bf16[512,128]{1,0} parameter(1)
+  %all-gather.2 = bf16[512,128]{1,0} all-gather(%b), channel_id=96, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  %d = u32[]{:S(2)} parameter(2)
+  ROOT %all = (bf16[16,128]{1,0}, bf16[64,128]{1,0}, bf16[512,128]{1,0}, bf16[512,128]{1,0}, u32[]{:S(2)}) tuple(%twice, %b, %c, %all-gather.2, %d)
+}
+
+%end (f: bf16[64,128], g: bf16[512,128], h: u32[]) -> bf16[512,128] {
+  %f = bf16[64,128]{1,0} parameter(0)
+  %g = bf16[512,128]{1,0} parameter(1)
+  %all-gather.3 = bf16[512,128]{1,0} all-gather(%f), channel_id=96, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  %h = u32[]{:S(2)} parameter(2)
+  ROOT %ended = bf16[512,128]{1,0} custom-call(%f, %g, %all-gather.3, %h), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (w: bf16[64,128], x: bf16[16,128]) -> bf16[512,128] {
+  %w = bf16[64,128]{1,0} parameter(0)
+  %x = bf16[16,128]{1,0} parameter(1)
+  %start = (bf16[64,128]{1,0}, bf16[512,128]{1,0}, u32[]{:S(2)}) fusion(%w), kind=kCustom, calls=%begin
+  %w.1 = bf16[64,128]{1,0} get-tuple-element(%start), index=0
+  %y.1 = bf16[512,128]{1,0} get-tuple-element(%start), index=1
+  %s.1 = u32[]{:S(2)} get-tuple-element(%start), index=2
+  %fusion = (bf16[16,128]{1,0}, bf16[64,128]{1,0}, bf16[512,128]{1,0}, bf16[512,128]{1,0}, u32[]{:S(2)}) fusion(%w.1, %y.1, %s.1, %x), kind=kCustom, calls=%meanwhile
+  %w.2 = bf16[64,128]{1,0} get-tuple-element(%fusion), index=1
+  %y.2 = bf16[512,128]{1,0} get-tuple-element(%fusion), index=3
+  %s.2 = u32[]{:S(2)} get-tuple-element(%fusion), index=4
+  ROOT %done = bf16[512,128]{1,0} fusion(%w.2, %y.2, %s.2), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_a_collective_spread_over_fusions_is_one() -> None:
+    traffic = read_traffic(CHAIN)
+    part, whole, other = 64 * 128 * 2, 512 * 128 * 2, 16 * 128 * 2
+    assert traffic.collectives == (Collective("all-gather", 1, whole, whole * 7 // 8, 0),)
+    # Read and written by the fusion that begins it, with its part handed on; what goes on meanwhile is its own.
+    assert traffic.memory == part + (part + whole) + 2 * other
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
     [
