@@ -237,7 +237,7 @@ def _collective(program: Program, step: Step, opcode: str, slices: int) -> Colle
 def _goes_on(program: Program, where: str, instruction: Instruction) -> bool:
     """Whether a collective is one that an earlier fusion has begun.
 
-    The TPU's compiler splits a collective into a chain of fusions that compute something else meanwhile, and it is named
+    The TPU compiler splits a collective into a chain of fusions that compute something else meanwhile, and it is named
     in each of them.
     """
     begins = "AsyncCollectiveStart" in program.computations[where][program.roots[where]].rest
