@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -251,26 +252,44 @@ def _slice(device: int, devices: int, slices: int) -> int:
 def _group(rest: str, devices: int, slices: int) -> list[int]:
     """Numbers of the devices of one group, which stands for all; of pairs, one that crosses slices if any does.
 
-    Printed as lists, as a shape that device numbers are dealt into, or as axes of a mesh.
+    Printed as pairs, as lists, as a shape that device numbers are dealt into, or as axes of a mesh.
+
+    Raises:
+        ValueError: in another form; a guess would make the count wrong unnoticed.
     """
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
         each = [[int(device) for device in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
         return max(each, key=lambda pair: len({_slice(device, devices, slices) for device in pair}), default=[0])
+    if "replica_groups={}" in rest:
+        return list(range(devices))
     if lists := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return [int(device) for device in lists[1].split(",")]
+        return _numbers(lists[1])
     if dealt := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, source, order = ([int(x) for x in part.split(",")] if part else None for part in dealt.groups())
-        numbers = np.arange(math.prod(source or ())).reshape(source or ())
-        return (numbers if order is None else numbers.transpose(order)).reshape(shape or ())[0].tolist()
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-        return _mesh_group(mesh[1], mesh[2])
-    return list(range(devices))
+        return _dealt(dealt[2], dealt[3]).reshape(_numbers(dealt[1]))[0].tolist()
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    if found := re.search(mesh, rest):
+        order = _dealt(found[2], found[3]) if found[2] else np.arange(devices)
+        return _mesh_group(found[1], order, found[4])
+    raise ValueError(f"groups of a collective are in a form that is not known: {rest[:200]!r}")
 
 
-def _mesh_group(mesh: str, axes: str) -> list[int]:
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _dealt(shape: str, order: str | None) -> Int[np.ndarray, "..."]:
+    """Device numbers in a shape, its axes in another order if one is given: "[2,4]T(1,0)"."""
+    numbers = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return numbers if order is None else numbers.transpose(_numbers(order))
+
+
+AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+
+
+def _mesh_group(mesh: str, order: Int[np.ndarray, "..."], axes: str) -> list[int]:
     """Devices of a mesh that differ along some axes only, or along parts of an axis: 'a':(2)4 is 4 behind 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    along = {name: (int(before or 1), int(size or 0)) for name, before, size in re.findall(AXIS, axes)}
+    along = {name: (int(before or 1), int(size or 0)) for name, before, size in AXIS.findall(axes)}
     shape: list[int] = []
     chosen: list[int] = []
     for name, size in sizes.items():
@@ -278,13 +297,8 @@ def _mesh_group(mesh: str, axes: str) -> list[int]:
         part = part or size
         chosen += [len(shape) + 1] if name in along else []
         shape += [before, part, size // (before * part)]
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    return (
-        np.moveaxis(numbers, chosen, range(len(chosen))).reshape(math.prod(shape[i] for i in chosen), -1)[:, 0].tolist()
-    )
-
-
-AXIS = r"'([^']+)'(?::\((\d+)\)(\d+))?"
+    numbers = np.moveaxis(order.reshape(shape), chosen, range(len(chosen)))
+    return numbers.reshape(math.prod(numbers.shape[: len(chosen)]), -1)[:, 0].tolist()
 
 
 def _arrays(shape: str) -> list[tuple[int, bool]]:

@@ -238,6 +238,7 @@ def test_a_collective_spread_over_fusions_is_one() -> None:
         ("mesh['x'=2,'y'=4] {'x'}", 2),
         ("mesh['x'=2,'y'=4] {'x','y'}", 8),
         ("mesh['x'=8] {'x':(2)4}", 4),
+        ("mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}", 4),
         ("{}", 8),
     ],
 )
@@ -245,6 +246,20 @@ def test_sizes_of_groups(groups: str, devices: int) -> None:
     text = TPU.replace("replica_groups=mesh['x'=2,'y'=4] {'y'}", f"replica_groups={groups}")
     found = {each.kind: each for each in read_traffic(text).collectives}
     assert found["all-gather"].bytes == 18 * devices * (64 * 64 + 32) * 2
+
+
+def test_devices_of_a_mesh_in_another_order() -> None:
+    # Numbers 0 to 7 dealt into 2 by 4 and turned: the first of y are 0 and 4, in two slices; the first of x are 0 to 3.
+    for axis, crosses in (("x", False), ("y", True)):
+        groups = f"replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {{'{axis}'}}"
+        text = TPU.replace("replica_groups=mesh['x'=2,'y'=4] {'y'}", groups)
+        (gather,) = (each for each in read_traffic(text, slices=2).collectives if each.kind == "all-gather")
+        assert (gather.dcn > 0) is crosses
+
+
+def test_groups_in_an_unknown_form_are_no_guess() -> None:
+    with pytest.raises(ValueError, match="form that is not known"):
+        read_traffic(TPU.replace("replica_groups=mesh['x'=2,'y'=4] {'y'}", "replica_groups=cube[8]"))
 
 
 def test_largest_arrays_are_named_with_their_operation() -> None:
