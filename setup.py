@@ -14,7 +14,8 @@ CORE = [
     f"jax{JAX_RANGE}",  # see JAX_RANGE
     "flax>=0.12.8,<0.14",  # NNX modules as plain pytrees; 0.12.8 is the newest for Python 3.11
     "optax>=0.2.8,<0.3",  # minors below 1.0 may rename
-    "orbax-checkpoint>=0.12,<0.13",  # the v1 API still renames between minors
+    "orbax-checkpoint>=0.12.8,<0.13",  # the v1 API still renames between minors; 0.12.8 is the version tried
+    "etils[epath]>=1.15,<2",  # Orbax's paths, for a disk and a bucket alike; 1.15 is the version tried
     "grain>=0.2.18,<0.3",  # iterator state is part of a checkpoint; a minor may change its form
     "transformers>=5,<6",  # tokenizers and chat templates only, never models; a new major changes their classes
     "tokenizers>=0.22,<1",  # the tiny world's tokenizer; transformers pins the minor, so stay wide here
@@ -75,14 +76,24 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hypersteer_jax", "hypersteer_jax.*"]),
-    package_data={"hypersteer_jax": ["data/tinyworld/*.json", "data/tinyworld/lm/*", "data/axbench/*.jsonl"]},
+    package_data={
+        "hypersteer_jax": [
+            "data/tinyworld/*.json",
+            "data/tinyworld/lm/*",
+            "data/axbench/*.jsonl",
+            "evaluation/*.toml",
+        ]
+    },
     install_requires=CORE,
     extras_require={
         "axbench": AXBENCH,
         "endpoint": ENDPOINT,
         "torch": TORCH,
         "test": TEST,
-        "tpu": [f"jax[tpu]{JAX_RANGE}"],  # libtpu of exactly this jax
+        "tpu": [
+            f"jax[tpu]{JAX_RANGE}",  # libtpu of exactly this jax
+            "gcsfs>=2026.10",  # gs:// paths of Orbax, with Google's client, which Orbax imports; the version tried
+        ],
         "plan": [f"jax[tpu]{JAX_RANGE}"],  # the same: libtpu is the compiler, too, and needs no TPU for that
         "gpu": [f"jax[cuda13]{JAX_RANGE}"],  # CUDA 13 wheels; for an older driver: pip install "jax[cuda12]"
     },

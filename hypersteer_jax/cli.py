@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from hypersteer_jax.config import RECIPES, ConfigError, RunConfig
+from hypersteer_jax.config import RECIPES, ConfigError, JudgeConfig, RunConfig
 
 if TYPE_CHECKING:
     Recipe = RunConfig
@@ -286,6 +286,26 @@ def make(
     return 0 if make(request, endpoint, out, max_cost, dry_run, Console()) else 1
 
 
+@app.command(name="judge")
+def judge(
+    source: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    config: Annotated[JudgeConfig, tyro.conf.arg(name="")],
+    preview: bool = False,
+) -> None:
+    """Rate generated texts on AxBench's three questions; what was rated before is not asked, or paid for, again.
+
+    Args:
+        source: a steering_data.parquet as AxBench writes it.
+        out: the same with ratings.
+        config: who rates, and what it may cost.
+        preview: say what it would cost, and stop.
+    """
+    from hypersteer_jax.evaluation.judge_file import judge_file
+
+    judge_file(source, out, config, preview)
+
+
 def main() -> None:
     """Entry point: runs a command; what a user can mend is one message without a traceback, exit code 1."""
     keep_compilations()
@@ -293,8 +313,8 @@ def main() -> None:
         code = app.cli(prog="hypersteer", description=__doc__, config=(tyro.conf.CascadeSubcommandArgs,))
     except ConfigError as error:
         fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         # Imported here, when the command has long imported them: at the top they would make `--help` slow.
@@ -308,9 +328,6 @@ def main() -> None:
             print(error, file=sys.stderr)
             sys.exit(EXIT_CODE)
         if isinstance(error, DataError | GoldenError | WeightsError | CheckpointError | FloatingPointError):
-            fail(error)
-        endpoint = sys.modules.get("hypersteer_jax.evaluation.endpoint")  # needs [endpoint]; here if one was asked
-        if endpoint is not None and isinstance(error, endpoint.EndpointError):
             fail(error)
         raise
     sys.exit(code or 0)

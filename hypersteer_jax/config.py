@@ -164,11 +164,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """Who rates generated texts, and what it may cost (see `evaluation/judges.py`)."""
+
+    kind: Literal["paper", "endpoint", "local", "rules", "proxy", "replay"] = "paper"
+    model: str | None = None  # endpoint: its name there; local, proxy: "tinyworld", a directory, or a hub id
+    base_url: str | None = None  # of the endpoint, such as http://localhost:8000/v1
+    key_variable: str | None = None  # environment variable with the endpoint's key; paper: OPENAI_API_KEY
+    temperature: float = 0.0  # paper, endpoint; AxBench since May 2025 (0.7 before)
+    workers: int = 16  # calls at the same time
+    price: tuple[float, float] | None = None  # dollars per million tokens of prompt and reply
+    max_cost: float | None = None  # dollars; what may cost more is refused before the first call
+    rubric_file: Path | None = None  # the three questions in other words, in the form of `evaluation/rubric.toml`
+    table: Path | None = None  # replay: an AxBench evaluate/steering_data.parquet
+    cache: Path = Path("runs/judgements.sqlite")  # nothing in it is asked again
+    retry_failures: bool = False  # ask again where a judge gave no rating
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
     lm: str = "tinyworld"  # "tinyworld", a directory with weights, or a Hugging Face hub id
-    out: Path = Path("runs/default")
+    out: Path = Path("runs/default")  # or gs://BUCKET/FOLDER (see `checkpoint.run_path`)
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)

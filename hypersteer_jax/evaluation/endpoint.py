@@ -11,9 +11,11 @@ URL, a server that is down) stops everything.
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from itertools import islice
+from operator import length_hint
 from threading import Event
 from typing import NamedTuple
 
@@ -21,13 +23,15 @@ import openai
 import tenacity
 from openai.types.chat import ChatCompletion
 
+from hypersteer_jax.config import ConfigError
+
 OPENAI = "https://api.openai.com/v1"
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds between tries: doubled each time, or what Retry-After says
 DOWN = 20  # calls that fail in a row before the endpoint is given up
 BYTES_PER_TOKEN = 3  # of a prompt not sent yet; English has 4 to 5 bytes a token, so that the estimate is high
 
 
-class EndpointError(ValueError):
+class EndpointError(ConfigError):
     """The endpoint cannot be used, or would cost more than allowed; the message names the setting and the fix."""
 
 
@@ -117,7 +121,8 @@ def check_cost(endpoint: Endpoint, prompts: Sequence[str], max_cost: float | Non
 def ask_all(endpoint: Endpoint, prompts: Sequence[str], max_cost: float | None = None) -> Iterator[tuple[int, Reply]]:
     """Index and reply of every prompt, as they come.
 
-    Whoever stops reading stops the calls that have not begun; those under way are waited for.
+    A call begins only when fewer than `endpoint.workers` replies are not read yet, so that a reader who writes each one
+    down loses no more than that when killed. Whoever stops reading stops the calls; those under way are waited for.
 
     Args:
         endpoint: where to send them.
@@ -130,25 +135,29 @@ def ask_all(endpoint: Endpoint, prompts: Sequence[str], max_cost: float | None =
     key, stop = _key(endpoint), Event()
     price, spent, in_a_row = endpoint.known_price, 0.0, 0
     client = openai.OpenAI(base_url=endpoint.base_url, api_key=key, max_retries=0, timeout=endpoint.timeout)
+    rows, calls = iter(range(len(prompts))), dict[Future[Reply], int]()
     with client, ThreadPoolExecutor(endpoint.workers) as pool:
         try:
-            calls = {pool.submit(_ask, client, endpoint, prompt, stop): row for row, prompt in enumerate(prompts)}
-            for call in as_completed(calls):
+            while True:
+                for row in islice(rows, endpoint.workers - len(calls)):
+                    calls[pool.submit(_ask, client, endpoint, prompts[row], stop)] = row
+                if not calls:
+                    return
+                call = next(as_completed(calls))
                 reply = call.result()
-                yield calls.pop(call), reply
+                yield calls[call], reply
+                del calls[call]
                 in_a_row = in_a_row + 1 if reply.failed else 0
                 if in_a_row == DOWN:
                     raise EndpointError(f"{endpoint.base_url}: {DOWN} calls in a row failed, the last: {reply.text}")
                 if price is not None:
                     spent += _dollars(price, reply.prompt_tokens, reply.completion_tokens)
-                if max_cost is not None and calls and spent >= max_cost:
+                if max_cost is not None and spent >= max_cost and (calls or length_hint(rows)):
                     raise EndpointError(
-                        f"max_cost is {max_cost:g} dollars and {spent:.2f} are spent with {len(calls)} calls to go; "
-                        "raise it to go on"
+                        f"max_cost is {max_cost:g} dollars and {spent:.2f} are spent; raise it to go on"
                     )
         finally:
             stop.set()  # ends the waits between tries
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _UnreadableError(Exception):

@@ -35,8 +35,8 @@ from hypersteer_jax.sharding import make_mesh, share_of
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.activations import ActivationCache, open_cache
 from hypersteer_jax.training.flops import evaluation_interval
-from hypersteer_jax.training.ledger import LEDGER, account, account_table
-from hypersteer_jax.training.preemption import Notice
+from hypersteer_jax.training.ledger import account, account_table
+from hypersteer_jax.training.preemption import LINGER, Notice
 from hypersteer_jax.training.train import Report, TrainState, init_state, new_state, train
 
 
@@ -64,6 +64,8 @@ def launch(
     """
     first, started = jax.process_index() == 0, started or time.time()
     console = console or Console(quiet=not first)
+    if notice is not None and first and jax.process_count() > 1:
+        notice.linger = LINGER
     if config.train.attention == "splash" and jax.default_backend() != "tpu":
         raise ConfigError(
             f"train.attention is splash, a kernel for TPUs, but the backend is {jax.default_backend()}; "
@@ -86,9 +88,14 @@ def launch(
             f"{config.train.eval_share:.0%} of the arithmetic (train.eval_share)"
         )
     cache = open_cache(config, lm, data.rows, prompter.tokenizer.chat_template or "", console)
-    train_with_bar(config, lm, data, resume, console, cache, notice, started)
+    try:
+        train_with_bar(config, lm, data, resume, console, cache, notice, started)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"interrupted; start again with --resume to go on from the last checkpoint in {config.out}"
+        ) from stop
     if first:
-        console.print(account_table(account(config.out / LEDGER)))
+        console.print(account_table(account(config.out)))
     console.print(f"checkpoint in {config.out}; try: hypersteer steer --run {config.out} --prompt ... --concept ...")
 
 

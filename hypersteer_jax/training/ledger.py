@@ -15,17 +15,17 @@
 seconds of all rows sum to the time from the start of the first attempt to the last row of the last.
 """
 
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from hypersteer_jax.training.checkpoint import CheckpointError
-from hypersteer_jax.training.metrics import open_rows, read_rows
+from hypersteer_jax.training.checkpoint import CheckpointError, run_path
+from hypersteer_jax.training.metrics import JsonLines, read_rows
 
 LEDGER = "ledger.jsonl"
 KINDS = ("init", "restore", "compile", "step", "eval", "save", "lost")
@@ -34,16 +34,16 @@ KINDS = ("init", "restore", "compile", "step", "eval", "save", "lost")
 class Ledger:
     """The ledger of one attempt, behind the rows of those before it."""
 
-    def __init__(self, path: Path | None, started: float):
+    def __init__(self, path: epath.Path | None, started: float):
         """Opens the ledger.
 
         Args:
             path: of the file; None keeps none: of several processes only one does.
             started: when this attempt did, as unix time in seconds.
         """
-        self._path, self._rows = path, read_rows(path) if path else []
+        self._path, self._rows = path, read_rows(path)
         self._attempt = 1 + max((row["attempt"] for row in self._rows), default=0)
-        self._file = open_rows(path, self._rows)
+        self._lines = JsonLines(path, self._rows)
         self._clock = round(started, 3)
         if self._rows:
             self._clock = _end(self._rows[-1])
@@ -64,19 +64,20 @@ class Ledger:
         if first is not None:
             row |= {"first": first, "last": first if last is None else last}
         self._rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        self._lines.write(row)
+        self._lines.flush()
 
     def went_back(self, step: int) -> None:
         """Books what was done beyond a step as lost, because it is done again from there."""
         for row in self._rows:
             if row["kind"] in ("step", "eval", "save") and row["last"] > step:
                 row["kind"] = "lost"
-        self._file.close()
-        self._file = open_rows(self._path, self._rows)
+        self._lines.close()
+        self._lines = JsonLines(self._path, self._rows)
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        self._lines.close()
 
 
 class Account(NamedTuple):
@@ -92,8 +93,17 @@ class Account(NamedTuple):
         return self.seconds["step"] / self.wall if self.wall else 0.0
 
 
-def account(path: Path) -> Account:
-    """Sums up a ledger; the file may be of a run that is still going on."""
+def account(run: Path | str) -> Account:
+    """Sums up the ledger of a run, which may be going on.
+
+    Raises:
+        CheckpointError: no ledger is kept in this folder.
+    """
+    path = run_path(run) / LEDGER
+    if not path.exists():
+        raise CheckpointError(
+            f"{path.parent}: no {LEDGER}, so no run is stored here; give the `out` folder of a training run"
+        )
     rows, seconds = read_rows(path), dict.fromkeys(KINDS, 0.0)
     for row in rows:
         seconds[row["kind"]] += row["seconds"]
@@ -114,14 +124,8 @@ def account_table(account: Account) -> Table:
 
 
 def show(run: Path) -> None:
-    """Prints where the time of a run went.
-
-    Raises:
-        CheckpointError: no ledger is kept in this folder.
-    """
-    if not (run / LEDGER).is_file():
-        raise CheckpointError(f"{run}: no {LEDGER}, so no run is stored here; give the `out` folder of a training run")
-    Console().print(account_table(account(run / LEDGER)))
+    """Prints where the time of a run went."""
+    Console().print(account_table(account(run)))
 
 
 def process_start() -> float:

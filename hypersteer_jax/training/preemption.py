@@ -18,9 +18,10 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not an error, start it again
+LINGER = 3.0  # seconds for which the first process outlasts the others: it is their coordinator, without it they crash
 RETRY = 5  # seconds, when the metadata server does not answer for a while
 
 # What the metadata server says, by path, when this machine is about to be taken away. Without an accelerator machines
@@ -41,6 +42,7 @@ class Notice:
 
     def __init__(self) -> None:
         self.told = False
+        self.linger = 0.0  # seconds before it leaves at once
         self._lock = threading.Lock()
         self._last_act: Callable[[], str] | None = lambda: "nothing to save yet; start it again"
 
@@ -61,6 +63,7 @@ class Notice:
                 code, message = 1, f"error: {source}, but {error}"
             print(message, file=sys.stderr, flush=True)
             sys.stdout.flush()
+            time.sleep(self.linger)
             os._exit(code)
 
     def leave_at_once(self, last_act: Callable[[], str]) -> None:
@@ -88,12 +91,20 @@ def listen() -> Iterator[Notice]:
     would have to wait for the compiler to return to Python. But the interpreter also writes the signal's number to a
     pipe, at once, and a thread reads it.
     """
-    notice = Notice()
+    notice, over = Notice(), threading.Event()
     for path, alarm in ALARMS.items():
-        threading.Thread(target=_watch_metadata, args=(notice, path, alarm), daemon=True).start()
-    if threading.current_thread() is not threading.main_thread():
-        yield notice
-        return
+        threading.Thread(target=_watch_metadata, args=(notice, path, alarm, over), daemon=True).start()
+    main = threading.current_thread() is threading.main_thread()
+    with _signals_passed_on(notice) if main else nullcontext():
+        try:
+            yield notice
+        finally:
+            notice.hold()
+            over.set()
+
+
+@contextmanager
+def _signals_passed_on(notice: Notice) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     thread = threading.Thread(target=_read_signals, args=(notice, reader), daemon=True)
@@ -101,9 +112,8 @@ def listen() -> Iterator[Notice]:
     old_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        yield notice
+        yield
     finally:
-        notice.hold()
         signal.signal(signal.SIGTERM, old_handler or signal.SIG_DFL)  # None: it was not set from Python
         signal.set_wakeup_fd(old_writer)
         os.close(writer)
@@ -118,7 +128,7 @@ def _read_signals(notice: Notice, reader: int) -> None:
             notice.give("told to stop by SIGTERM")
 
 
-def _watch_metadata(notice: Notice, path: str, alarm: str) -> None:
+def _watch_metadata(notice: Notice, path: str, alarm: str, over: threading.Event) -> None:
     """Asks a Google Cloud VM's metadata server for one of its values until it is the alarm; ends if there is no server.
 
     An alarm that was there at the start is not news: a run that heeds it would be started again, and end again, until
@@ -131,13 +141,15 @@ def _watch_metadata(notice: Notice, path: str, alarm: str) -> None:
     except (OSError, http.client.HTTPException):
         return
     news = value != alarm
-    while value != alarm or not news:
+    while not over.is_set():
+        if news and value == alarm:
+            notice.give(f"{path} of this machine is {value}")
+            return
         try:
             value, tag = _ask(f"{url}?wait_for_change=true&timeout_sec=60&last_etag={tag}", timeout=90)
             news |= value != alarm
         except (OSError, http.client.HTTPException):
-            time.sleep(RETRY)
-    notice.give(f"{path} of this machine is {value}")
+            over.wait(RETRY)
 
 
 def _ask(url: str, timeout: float) -> tuple[str, str]:

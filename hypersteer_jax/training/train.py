@@ -216,7 +216,8 @@ def train(
     """
     settings, out = config.train, config.out
     notice, started = notice or Notice(), started or time.time()
-    if not resume and (out / "checkpoints").exists():
+    folder = checkpoint.run_path(out)
+    if not resume and (folder / "checkpoints").exists():
         raise checkpoint.CheckpointError(
             f"out is {out}, which holds a run; continue it with --resume or give another folder"
         )
@@ -226,7 +227,7 @@ def train(
     with (
         jax.set_mesh(mesh),
         checkpoint.open_checkpoints(out, settings.keep_last, settings.keep_every) as checkpoints,
-        closing(Ledger(out / LEDGER if writes else None, started)) as ledger,
+        closing(Ledger(folder / LEDGER if writes else None, started)) as ledger,
         Watchdog(settings.stuck_after) as watchdog,
     ):
         notice.leave_at_once(lambda: "nothing to save yet; start again with --resume")
@@ -254,7 +255,7 @@ def train(
             return _saved(start, out)
 
         notice.leave_at_once(last_act)
-        with closing(MetricsLog(out / "metrics.jsonl" if writes else None, start)) as log:
+        with closing(MetricsLog(folder / "metrics.jsonl" if writes else None, start)) as log:
             loop = _Loop(config, lm, data, cache, mesh, checkpoints, notice, watchdog, ledger, log, report)
             if start == settings.steps and not loop.owes_evaluation(start):
                 return state
@@ -286,7 +287,7 @@ class _Loop:
     data: TrainData
     cache: ActivationCache | None
     mesh: Mesh
-    checkpoints: Any
+    checkpoints: checkpoint.Checkpoints
     notice: Notice
     watchdog: Watchdog
     ledger: Ledger
@@ -393,6 +394,7 @@ class _Loop:
         """Starts saving, once the save before it is through."""
         position = self.data.batches.get_state()["next_index"]
         checkpoint.save(self.checkpoints, done, state, position, config=self.config)
+        self.log.flush()
         self.watchdog.progress()
         self.ledger.ended("save", done)
 
@@ -431,6 +433,7 @@ class _Loop:
         share = self.evaluating / (now - self.begin)
         measured = {name: values._asdict() for name, values in losses.items()}
         self.log.write(done - 1, {"evaluation": measured, "evaluation_share": round(share, 4)})
+        self.log.flush()
         self.ledger.ended("eval", done)
         if self.report is not None:
             self.report(Report(done, self.loss, 0.0, losses, share))
@@ -457,8 +460,10 @@ def example_batches(data: TrainData, batch: int, share: Share) -> list[SteeringB
 
 def _not_finite(out: Path, step: int, row: Metrics, batch: SteeringBatch) -> FloatingPointError:
     """Saves the batch and says where everything is."""
-    path = out / f"not_finite_step{step}.npz"
-    np.savez(path, **batch._asdict())
+    share = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = checkpoint.run_path(out) / f"not_finite_step{step}{share}.npz"
+    with path.open("wb") as file:
+        np.savez(file, **batch._asdict())
     return FloatingPointError(
         f"step {step} has loss {row['loss']} and gradient norm {row['grad_norm']}; its batch is saved in {path}. The "
         "last checkpoint is intact: start again from it with a lower train.learning_rate, or with "

@@ -121,7 +121,7 @@ def test_what_fails_for_all_stops_at_once(bad: Answer, message: str) -> None:
         pytest.raises(EndpointError, match=message),
     ):
         list(ask_all(Endpoint("judge", server.url, workers=2), [str(row) for row in range(100)]))
-    assert server.calls.total() <= 6
+    assert server.calls.total() <= 3
 
 
 def test_a_server_that_is_down_is_given_up() -> None:
@@ -141,7 +141,7 @@ def test_whoever_stops_reading_stops_the_calls() -> None:
         replies = ask_all(Endpoint("judge", server.url, workers=2), [str(row) for row in range(1000)])
         next(replies)
         replies.close()
-    assert server.calls.total() < 100
+    assert server.calls.total() <= 3
 
 
 def test_stopping_ends_the_waits() -> None:
@@ -200,7 +200,7 @@ def test_a_run_that_turns_out_dearer_is_stopped() -> None:
         with pytest.raises(EndpointError, match=r"max_cost is 3 dollars and 3\.00 are spent"):
             read_all(dear)
     assert len(read) == 3
-    assert server.calls.total() < 30
+    assert server.calls.total() <= 5
 
 
 def test_without_usage_tokens_are_estimated() -> None:

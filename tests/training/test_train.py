@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +30,9 @@ from hypersteer_jax.data.pipeline import BatchSource, Bucket, collate, evaluatio
 from hypersteer_jax.data.sources import TrainData
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, shardings, share_of
 from hypersteer_jax.training.activations import open_cache
-from hypersteer_jax.training.checkpoint import CheckpointError, open_checkpoints, restore
+from hypersteer_jax.training.checkpoint import CheckpointError, open_checkpoints, restore, stored
+from hypersteer_jax.training.ledger import account
+from hypersteer_jax.training.preemption import EXIT_CODE, Notice, Preempted, Watchdog
 from hypersteer_jax.training.train import (
     Report,
     TrainState,
@@ -233,10 +238,8 @@ SHARED = collate(MANY_ROWS, PAIRS, Bucket(tokens=32, context=8, response=24, con
 @pytest.mark.parametrize(
     ("variant", "batch", "selection", "axes", "share"),
     [
-        ("cross_attention", BATCH, SelectionConfig(), {"data": 2, "fsdp": 4}, 4),
         ("cross_attention", PACKED, HEAD, {"data": 2, "fsdp": 2, "tensor": 2}, 4),
         ("no_context", SHARED, SelectionConfig(), {"fsdp": 8}, 8),
-        ("cross_attention", PACKED, SelectionConfig(), {"fsdp": 4, "tensor": 2}, 8),
         ("in_context", BATCH, SelectionConfig(), {"data": 4, "tensor": 2}, 2),
     ],
 )
@@ -300,6 +303,15 @@ class Stop(Exception):
     """What kills a run in these tests."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs of one config compile once for all of them."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = dataclasses.replace(CONFIG, out=tmp_path_factory.mktemp("whole") / "run")
@@ -331,20 +343,135 @@ def test_interrupted_run_goes_on_bitwise(whole: Run, tmp_path: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        train(config, LM, data(), report=kill)
+        train(config, LM, data(evaluate=True), report=kill)
     assert [row["step"] for row in metrics_of(config.out)] == [0, 1, 1, 2]  # one step beyond the checkpoint
-    stream, steps = data(), []
+    stream, steps = data(evaluate=True), []
     state = train(config, LM, stream, resume=True, report=lambda report: steps.append(report.step))
     assert steps == [3, 4, 4]
     assert jax.tree.structure(state) == jax.tree.structure(whole.state)
     assert_same(state, whole.state)
     assert int(state.step) == 4
     assert_same(next(stream.batches), next(whole.data.batches))
-    expected = metrics_of(whole.config.out)
-    for row in expected:
-        if "evaluation" in row:
-            row["evaluation"] = {}  # of the run that was not interrupted only, as is its compilation
+    assert metrics_of(config.out) == metrics_of(whole.config.out)
+
+
+def test_run_that_was_killed_in_an_evaluation_makes_it_first(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(whole.config, out=tmp_path / "run")
+
+    def kill(*_: Any) -> float:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hypersteer_jax.training.train.evaluate_loss", kill)
+        with pytest.raises(Stop):
+            train(config, LM, data(evaluate=True))
+    reports: list[Report] = []
+    assert_same(train(config, LM, data(evaluate=True), resume=True, report=reports.append), whole.state)
+    assert [(report.step, "held-in" in report.evaluation) for report in reports] == [
+        *((2, True), (3, False)),
+        *((4, False), (4, True)),
+    ]
+    assert metrics_of(config.out) == metrics_of(whole.config.out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told_after", "evaluated", "stops_at", "evaluations"),
+    [
+        ({}, 1, False, 2, []),  # in the evaluation, when the step is saved already
+        ({"save_every": 0}, 1, False, 2, []),  # in the evaluation, and the step has to be saved
+        ({"save_every": 0, "eval_every": 0}, 1, False, 3, []),  # one step was on its way, and one waits for its values
+        ({}, 2, True, 4, [1]),  # at the end, when only an evaluation is missing
+    ],
+)
+def test_run_that_is_told_to_stop_saves_and_goes_on_bitwise(
+    whole: Run,
+    tmp_path: Path,
+    settings: dict[str, int],
+    told_after: int,
+    evaluated: bool,
+    stops_at: int,
+    evaluations: list[int],
+) -> None:
+    config, notice = dataclasses.replace(having(whole.config, **settings), out=tmp_path / "run"), Notice()
+
+    def tell(report: Report) -> None:
+        if (report.step, bool(report.evaluation)) == (told_after, evaluated):
+            notice.give("the test")
+
+    message = f"preempted at step {stops_at}; state saved in .*run; start again with --resume"
+    with pytest.raises(Preempted, match=message):
+        train(config, LM, data(evaluate=True), report=tell, notice=notice)
+    rows = metrics_of(config.out)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(stops_at))
+    assert [row["step"] for row in rows if "evaluation" in row] == evaluations
+    with open_checkpoints(config.out) as checkpoints:
+        assert stored(checkpoints)[-1] == stops_at
+    assert_same(train(config, LM, data(evaluate=True), resume=True), whole.state)
+    measures = config.train.eval_every > 0
+    expected = [row for row in metrics_of(whole.config.out) if measures or "evaluation" not in row]
     assert metrics_of(config.out) == expected
+    found = account(config.out)
+    assert found.attempts == 2
+    assert sum(found.seconds.values()) == pytest.approx(found.wall, abs=1e-2)
+    assert min(seconds for kind, seconds in found.seconds.items() if measures or kind != "eval") > 0
+
+
+def test_run_that_is_told_to_stop_while_it_compiles_leaves_at_once(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, notice = dataclasses.replace(whole.config, out=tmp_path / "run"), Notice()
+
+    def leave(code: int) -> None:
+        assert code == EXIT_CODE
+        raise Stop
+
+    def told(*args: Any, **settings: Any) -> Any:
+        notice.give("told by the test")
+        return train_step(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os._exit", leave)
+        patch.setattr("hypersteer_jax.training.train.train_step", told)
+        with pytest.raises(Stop):
+            train(config, LM, data(evaluate=True), notice=notice)
+    assert capsys.readouterr().err == (
+        f"told by the test: preempted at step 0; state saved in {config.out}; start again with --resume\n"
+    )
+    with open_checkpoints(config.out) as checkpoints:
+        assert stored(checkpoints) == [0]
+    assert_same(train(config, LM, data(evaluate=True), resume=True), whole.state)
+    assert metrics_of(config.out) == metrics_of(whole.config.out)
+
+
+def test_run_that_was_told_to_stop_before_does_nothing(tmp_path: Path) -> None:
+    notice = Notice()
+    notice.hold()
+    notice.give("the test")
+    with pytest.raises(Preempted, match="nothing to save yet; start again with --resume"):
+        train(dataclasses.replace(CONFIG, out=tmp_path / "run"), LM, data(), notice=notice)
+
+
+def test_watchdog_sees_every_kind_of_progress(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen = dataclasses.replace(having(whole.config, stuck_after=77.0), out=tmp_path / "run"), []
+
+    class Watched(Watchdog):
+        def progress(self) -> None:
+            seen.append(sys._getframe(1).f_code.co_name)
+            assert self._seconds == 77
+
+    monkeypatch.setattr("hypersteer_jax.training.train.Watchdog", Watched)
+    train(config, LM, data(evaluate=True))
+    batches = 3 * 2  # of the base LM once, and of the steered one after two of the steps
+    assert Counter(seen) == {"__enter__": 1, "compile": 2, "settle": 4, "save": 2, "heeding": batches}
+
+
+def test_finished_run_has_nothing_to_do(whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypersteer_jax.training.train.train_step", None)
+    before = metrics_of(whole.config.out)
+    assert_same(train(whole.config, LM, data(evaluate=True), resume=True), whole.state)
+    assert metrics_of(whole.config.out) == before
 
 
 def test_step_is_traced_once_for_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,9 +488,12 @@ def test_step_is_traced_once_for_each_shape(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("hypersteer_jax.training.train.train_step", counted)
     config = dataclasses.replace(having(CONFIG, steps=steps, eval_every=0, save_every=0), out=tmp_path / "run")
-    train(config, LM, TrainData(rows, layout, iterator(rows, layout, 4, seed=0), {}))
+    known = []
+    stream = TrainData(rows, layout, iterator(rows, layout, 4, seed=0), {})
+    train(config, LM, stream, report=lambda _: known.append(len(traced)))
     assert len(used) > 1
     assert sorted(traced) == sorted(used)
+    assert known == [len(used)] * steps  # all before the first step
 
 
 def test_folder_that_holds_a_run_is_refused(whole: Run) -> None:
@@ -392,9 +522,9 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"step 2 has loss nan .*saved in .*not_finite_step2\.npz") as error:
         train(config, LM, data(dataclasses.replace(ROWS, factors=factors)))
     assert "lower train.learning_rate" in str(error.value)
-    stored = SteeringBatch(**np.load(config.out / "not_finite_step2.npz"))
-    assert_same(stored._replace(factor=order[2].factor), order[2])
-    assert np.isnan(stored.factor).tolist() == [True, False, False, False]
+    batch = SteeringBatch(**np.load(config.out / "not_finite_step2.npz"))
+    assert_same(batch._replace(factor=order[2].factor), order[2])
+    assert np.isnan(batch.factor).tolist() == [True, False, False, False]
     assert [row["step"] for row in metrics_of(config.out)] == [0, 1, 1]
     with open_checkpoints(config.out) as checkpoints:
         state = restore(checkpoints, jax.eval_shape(partial(init_state, config), LM), make_mesh()).state
