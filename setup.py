@@ -95,6 +95,7 @@ setup(
             f"jax[tpu]{JAX_RANGE}",  # libtpu of exactly this jax
             "gcsfs>=2026.10",  # gs:// paths of Orbax, with Google's client, which Orbax imports; the version tried
         ],
+        "plan": [f"jax[tpu]{JAX_RANGE}"],  # the same: libtpu is the compiler, too, and needs no TPU for that
         "gpu": [f"jax[cuda13]{JAX_RANGE}"],  # CUDA 13 wheels; for an older driver: pip install "jax[cuda12]"
     },
     entry_points={"console_scripts": ["hypersteer = hypersteer_jax.cli:main"]},

@@ -71,6 +71,37 @@ def goodput(run: Annotated[Path, tyro.conf.Positional]) -> None:
     show(run)
 
 
+@app.command(name="plan")
+def plan(
+    config: Annotated[Recipe, tyro.conf.arg(name="")],
+    topology: str,
+    shape: tuple[int, int, int, int] | None = None,
+    price: float | None = None,
+    decode: bool = False,
+    json: Path | None = None,
+) -> int:
+    """Compile a run for a TPU slice, on a CPU: what it needs, how long it takes at least; exits 1 if it does not fit.
+
+    Args:
+        config: the recipe; every setting can be overridden, as for `train`.
+        topology: slice, such as v5e-16, v6e-8, v5p-8, v4-32 or tpu7x-8; --mesh.slices joins several.
+        shape: tokens of a sequence, of a prompt, scored in a sequence, and of a steering prompt; else as in the data.
+        price: of one chip for one hour, to know the run's.
+        decode: compile a step of generation, too.
+        json: file for all numbers.
+    """
+    if find_spec("libtpu") is None:
+        raise ConfigError(
+            'libtpu, the compiler, is not installed; pip install -e ".[plan]" in a clone (on Linux, x86; no TPU needed)'
+        )
+    from hypersteer_jax.topologies import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)
+    from hypersteer_jax.planner_report import run_plan
+
+    return 0 if run_plan(config, topology, shape, price, decode, json) else 1
+
+
 @app.command(name="steer")
 def steer(
     prompt: str,

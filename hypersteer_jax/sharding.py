@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
@@ -123,7 +123,7 @@ def mesh_is_set() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Spec of a stored weight, or of a moment of Adam's.
 
     Weights of `SPLIT` are split there by `tensor`, and once more, along the largest other axis that it divides, by
@@ -157,7 +157,7 @@ def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*(parts.get(axis) for axis in range(len(shape)))) if parts else P()
 
 
-def shardings(tree: T, mesh: Mesh) -> T:
+def shardings(tree: T, mesh: Mesh | AbstractMesh) -> T:
     """The same tree with the NamedSharding of each array, by `weight_spec`; arrays may be abstract."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
