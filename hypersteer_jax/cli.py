@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from hypersteer_jax.config import RECIPES, ConfigError, RunConfig
+from hypersteer_jax.config import RECIPES, ConfigError, JudgeConfig, RunConfig
 
 if TYPE_CHECKING:
     Recipe = RunConfig
@@ -19,6 +19,8 @@ else:
     )
 
 app = tyro.extras.SubcommandApp()
+data = tyro.extras.SubcommandApp()
+app.command(data, name="data", help="Prepare, describe or make training data.")
 
 
 @app.command(name="quickstart")
@@ -67,6 +69,37 @@ def goodput(run: Annotated[Path, tyro.conf.Positional]) -> None:
     from hypersteer_jax.training.ledger import show
 
     show(run)
+
+
+@app.command(name="plan")
+def plan(
+    config: Annotated[Recipe, tyro.conf.arg(name="")],
+    topology: str,
+    shape: tuple[int, int, int, int] | None = None,
+    price: float | None = None,
+    decode: bool = False,
+    json: Path | None = None,
+) -> int:
+    """Compile a run for a TPU slice, on a CPU: what it needs, how long it takes at least; exits 1 if it does not fit.
+
+    Args:
+        config: the recipe; every setting can be overridden, as for `train`.
+        topology: slice, such as v5e-16, v6e-8, v5p-8, v4-32 or tpu7x-8; --mesh.slices joins several.
+        shape: tokens of a sequence, of a prompt, scored in a sequence, and of a steering prompt; else as in the data.
+        price: of one chip for one hour, to know the run's.
+        decode: compile a step of generation, too.
+        json: file for all numbers.
+    """
+    if find_spec("libtpu") is None:
+        raise ConfigError(
+            'libtpu, the compiler, is not installed; pip install -e ".[plan]" in a clone (on Linux, x86; no TPU needed)'
+        )
+    from hypersteer_jax.topologies import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)
+    from hypersteer_jax.planner_report import run_plan
+
+    return 0 if run_plan(config, topology, shape, price, decode, json) else 1
 
 
 @app.command(name="steer")
@@ -147,6 +180,130 @@ def compare(
     from hypersteer_jax.evaluation.compare import run_comparison
 
     return 0 if run_comparison(form, steps, seed, out) else 1
+
+
+@data.command(name="prepare")
+def prepare(
+    name: Annotated[str, tyro.conf.Positional],
+    source: str | None = None,
+    out: Path = Path("runs/data"),
+    held_out: tuple[str, ...] = ("ho500", "ablations10"),
+    dev_rows: int = 1000,
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+) -> None:
+    """Split a set of AxBench for good and store it below OUT; `train --data.source` takes the folder it prints.
+
+    Args:
+        name: concept10_2b_l20, concept500_9b_l31, concept16k_2b_l20, conceptFD_2b_l10, ...; a new name for a source of
+            your own.
+        source: train_data.parquet, a folder with it, a clone of AxBench, or a hub id; the default is AxBench's hub id.
+        out: folder of tensorflow-datasets.
+        held_out: lists of concepts that are never trained on, by name (ho500, ablations10) or file: JSON lines with
+            concept, feature or concept_id, or a JSON list of concept ids.
+        dev_rows: rows of other concepts that are not trained on, at most a tenth of them.
+        seed: which rows.
+        skip_bad_rows: drop malformed rows instead of stopping.
+    """
+    from rich.console import Console
+
+    from hypersteer_jax.data.axbench.builder import Recipe, prepare
+
+    prepare(name, Recipe(source, held_out, dev_rows, seed, skip_bad_rows), out, Console())
+
+
+@data.command(name="describe")
+def describe(
+    source: Annotated[Path, tyro.conf.Positional], out: Path = Path("runs/lengths.png"), tokenizer: Path | None = None
+) -> int:
+    """Show counts, lengths, duplicates and leaks of a prepared folder or a file; exits 1 if held-out data leaks.
+
+    Args:
+        source: what `data prepare` printed, or a .parquet or .jsonl file.
+        out: picture of the lengths.
+        tokenizer: folder with a tokenizer, to measure in tokens instead of characters.
+    """
+    from rich.console import Console
+
+    from hypersteer_jax.data.describe import describe
+
+    return 0 if describe(source, out, tokenizer, Console()) else 1
+
+
+@data.command(name="make")
+def make(
+    concepts: Annotated[str, tyro.conf.Positional],
+    instructions: tuple[Path, ...],
+    out: Path,
+    model: str = "gpt-4o-mini-2024-07-18",
+    base_url: str | None = None,
+    key_variable: str | None = None,
+    price: tuple[float, float] | None = None,
+    max_cost: float | None = None,
+    dry_run: bool = False,
+    per_concept: int = 72,
+    max_tokens: int = 192,
+    temperature: float = 1.0,
+    workers: int = 16,
+    seed: int = 0,
+) -> int:
+    """Have a chat model write AxBench-like rows for new concepts; prints the cost first, resumes, exits 1 if rows lack.
+
+    Args:
+        concepts: list of concepts: ho500, ablations10, JSON lines with concept, or a Neuronpedia export (JSON).
+        instructions: files with instructions of all three genres: JSON lines with genre and instruction, or parquet
+            files of AxBench.
+        out: folder; one that was begun is continued.
+        model: name of the model at the endpoint.
+        base_url: OpenAI-compatible endpoint; the default is OpenAI's.
+        key_variable: environment variable with the key; OPENAI_API_KEY at OpenAI, elsewhere none unless named.
+        price: dollars per million tokens of prompt and of reply.
+        max_cost: dollars; refuses to begin if it might cost more.
+        dry_run: only say what it would cost at most.
+        per_concept: instructions for each concept, with a positive and a contrastive response each.
+        max_tokens: of a reply.
+        temperature: of the model.
+        workers: calls at the same time.
+        seed: draws the instructions.
+    """
+    if find_spec("openai") is None or find_spec("tenacity") is None:
+        raise ConfigError('openai or tenacity is not installed; pip install -e ".[endpoint]" in a clone')
+    from rich.console import Console
+
+    from hypersteer_jax.data.make import make, make_request
+    from hypersteer_jax.evaluation.endpoint import OPENAI, Endpoint, Price
+
+    request = make_request(concepts, instructions, per_concept, seed)
+    endpoint = Endpoint(
+        model,
+        base_url or OPENAI,
+        key_variable,
+        temperature,
+        max_tokens,
+        price=None if price is None else Price(*price, "as given"),
+        workers=workers,
+    )
+    return 0 if make(request, endpoint, out, max_cost, dry_run, Console()) else 1
+
+
+@app.command(name="judge")
+def judge(
+    source: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    config: Annotated[JudgeConfig, tyro.conf.arg(name="")],
+    preview: bool = False,
+) -> None:
+    """Rate generated texts on AxBench's three questions; what was rated before is not asked, or paid for, again.
+
+    Args:
+        source: a steering_data.parquet as AxBench writes it.
+        out: the same with ratings.
+        config: who rates, and what it may cost.
+        preview: say what it would cost, and stop.
+    """
+    from hypersteer_jax.evaluation.judge_file import judge_file
+
+    judge_file(source, out, config, preview)
 
 
 def main() -> None:

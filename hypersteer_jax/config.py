@@ -110,8 +110,8 @@ class SelectionConfig:
 class DataConfig:
     """What to train on and how rows become batches."""
 
-    source: str = "tinyworld"  # "tinyworld", or a .parquet (AxBench train_data) or .jsonl file
-    held_out_concepts: int = 10  # concepts of a file kept out of training (the tiny world has its own splits)
+    source: str = "tinyworld"  # or a .parquet (AxBench train_data) or .jsonl file, or what `data prepare` made
+    held_out_concepts: int = 10  # concepts of a file kept out of training (the other sources have their own splits)
     max_concepts: int | None = None  # train on this many steering prompts only (scaling experiments)
     max_prompt: int = 512  # tokens, chat template included
     max_response: int = 128  # tokens; longer responses are cut, as AxBench cuts generation
@@ -157,6 +157,7 @@ class TrainConfig:
     keep_last: int = 3  # newest checkpoints that are kept
     keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good; 0: none
     stuck_after: float = 1800.0  # seconds without progress after which a run dumps its stacks and exits; 0: never
+    profile: int = 0  # steps, after the first ten, that are traced into out/profile for xprof; 0: none
     remat: bool = False  # recompute block activations in the backward pass
     cache: Literal["off", "memory", "disk"] = "off"  # keep each row's residual, so that no epoch runs the lower blocks
     cache_dir: Path = Path("runs/cache")  # of a disk cache; runs on the same base LM, layer and data can share one
@@ -164,11 +165,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """Who rates generated texts, and what it may cost (see `evaluation/judges.py`)."""
+
+    kind: Literal["paper", "endpoint", "local", "rules", "proxy", "replay"] = "paper"
+    model: str | None = None  # endpoint: its name there; local, proxy: "tinyworld", a directory, or a hub id
+    base_url: str | None = None  # of the endpoint, such as http://localhost:8000/v1
+    key_variable: str | None = None  # environment variable with the endpoint's key; paper: OPENAI_API_KEY
+    temperature: float = 0.0  # paper, endpoint; AxBench since May 2025 (0.7 before)
+    workers: int = 16  # calls at the same time
+    price: tuple[float, float] | None = None  # dollars per million tokens of prompt and reply
+    max_cost: float | None = None  # dollars; what may cost more is refused before the first call
+    rubric_file: Path | None = None  # the three questions in other words, in the form of `evaluation/rubric.toml`
+    table: Path | None = None  # replay: an AxBench evaluate/steering_data.parquet
+    cache: Path = Path("runs/judgements.sqlite")  # nothing in it is asked again
+    retry_failures: bool = False  # ask again where a judge gave no rating
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
     lm: str = "tinyworld"  # "tinyworld", a directory with weights, or a Hugging Face hub id
-    out: Path = Path("runs/default")
+    out: Path = Path("runs/default")  # or gs://BUCKET/FOLDER (see `checkpoint.run_path`)
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -296,7 +315,7 @@ def check(config: RunConfig, lm: LMConfig) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name} is {value}; give a value above 0")
-    for name in ("eval_every", "save_every", "keep_every"):
+    for name in ("eval_every", "save_every", "keep_every", "profile"):
         if getattr(train, name) < 0:
             raise ConfigError(f"train.{name} is {getattr(train, name)}; give 0 (off) or a number of steps")
     if train.stuck_after < 0:

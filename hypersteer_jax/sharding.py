@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
@@ -88,8 +88,8 @@ def make_mesh(
         data: devices of this axis, over all slices.
         fsdp: likewise; None takes all devices that are left.
         tensor: likewise.
-        slices: TPU slices (or, where devices do not know theirs, processes) that the data axis runs over, so that only
-            its traffic, one sum of gradients a step, crosses between them.
+        slices: TPU slices (or, on machines without, processes) that the data axis runs over, so that only its traffic,
+            one sum of gradients a step, crosses between them.
         devices: all of all processes if not given.
 
     Raises:
@@ -108,15 +108,14 @@ def make_mesh(
     kinds = (AxisType.Explicit,) * 3
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices[:size])
-    known = hasattr(devices[0], "slice_index")
-    found = len({device.slice_index if known else device.process_index for device in devices})
-    if data % slices or found != slices:
+    found = {each: len({getattr(device, each, 0) for device in devices}) for each in ("slice_index", "process_index")}
+    if data % slices or slices not in found.values():
         raise ConfigError(
-            f"mesh.slices is {slices} and mesh.data {data}; the devices are in {found} slices, and mesh.data has to be "
-            "a multiple of them"
+            f"mesh.slices is {slices} and mesh.data {data}; the devices are in {found['slice_index']} slices, and "
+            "mesh.data has to be a multiple of them"
         )
-    inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
-    return Mesh(create_hybrid_device_mesh(inside, across, devices, process_is_granule=not known), AXES, kinds)
+    inside, across, by_process = (data // slices, fsdp, tensor), (slices, 1, 1), found["slice_index"] != slices
+    return Mesh(create_hybrid_device_mesh(inside, across, devices, process_is_granule=by_process), AXES, kinds)
 
 
 def mesh_is_set() -> bool:
@@ -124,7 +123,7 @@ def mesh_is_set() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Spec of a stored weight, or of a moment of Adam's.
 
     Weights of `SPLIT` are split there by `tensor`, and once more, along the largest other axis that it divides, by
@@ -158,7 +157,7 @@ def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*(parts.get(axis) for axis in range(len(shape)))) if parts else P()
 
 
-def shardings(tree: T, mesh: Mesh) -> T:
+def shardings(tree: T, mesh: Mesh | AbstractMesh) -> T:
     """The same tree with the NamedSharding of each array, by `weight_spec`; arrays may be abstract."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

@@ -24,7 +24,7 @@ def test_help_imports_no_jax():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("quickstart", "train", "steer", "convert", "check-golden", "compare"):
+    for command in ("quickstart", "train", "steer", "convert", "check-golden", "compare", "goodput", "data", "judge"):
         assert command in out
 
 
@@ -48,10 +48,16 @@ def test_an_unknown_recipe_lists_the_known_ones(monkeypatch, capsys):
         (["check-golden", "nowhere"], "not a golden case"),
         (["train", "tinyworld", "--lm", "no/such-model", "--out", "x"], "not a directory"),
         (["train", "tinyworld", "--data.source", "train.parquet", "--out", "x"], "no such file"),
+        (["train", "tinyworld", "--data.source", ".", "--out", "x"], "no dataset_info.json here"),
+        (["data", "prepare", "mine", "--out", "x"], "mine: not a set of AxBench"),
+        (["data", "prepare", "concept500_2b_l20", "--out", "x"], "as a dataset of the hub it could not be had"),
+        (["data", "describe", "nowhere.parquet", "--out", "x"], "no such file"),
+        (["data", "make", "ho50", "--instructions", "pool.jsonl", "--out", "x"], "neither a file nor one of ho500"),
         (["train", "tinyworld", "--hypernet.blocks", "9", "--out", "x"], "hypernet.blocks is 9"),
         (["train", "tinyworld", "--steering.layers", "7", "--out", "x"], "the base LM has blocks 0 to"),
         (["train", "tinyworld", "--train.attention", "splash", "--out", "x"], "train.attention is splash"),
         (["train", "tinyworld", "--out", "x", "--resume"], "no run is stored here"),
+        (["judge", "nowhere.parquet", "--out", "x", "--kind", "rules"], "nowhere.parquet cannot be read"),
     ],
 )
 def test_what_the_user_can_mend_is_one_message(monkeypatch, capsys, tmp_path, words, message):
@@ -68,7 +74,18 @@ def test_what_the_user_can_mend_is_one_message(monkeypatch, capsys, tmp_path, wo
 def test_train_resume_and_steer(monkeypatch, capsys, tmp_path):
     # The whole way of a user on the embedded world, with a run as short as can be.
     out = tmp_path / "run"
-    common = ("--out", out, "--train.batch", 8, "--train.save-every", 1, "--train.eval-batches", 1, "--data.buckets", 1)
+    common = (
+        "--out",
+        out,
+        "--train.batch",
+        16,
+        "--train.save-every",
+        1,
+        "--train.eval-batches",
+        1,
+        "--data.buckets",
+        1,
+    )
     assert run(monkeypatch, "train", "tinyworld", "--train.steps", 2, *common) == 0
     assert run(monkeypatch, "train", "tinyworld", "--train.steps", 2, *common) == 1
     assert "holds a run" in capsys.readouterr().err

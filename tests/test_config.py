@@ -14,6 +14,7 @@ from hypersteer_jax.config import (
     DataConfig,
     HypernetConfig,
     LMConfig,
+    MeshConfig,
     RunConfig,
     SelectionConfig,
     SteeringConfig,
@@ -60,10 +61,11 @@ def test_every_field_survives() -> None:
         data=DataConfig("x.jsonl", 3, 8, 100, 50, 20, False, 2, True, True),
         train=TrainConfig(
             *(5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32"),
-            *(7, 8, 0.5, 9, True, "disk", Path("c"), "splash"),
+            *(7, 8, 0.5, 9, 2, 30, 60.0, 3, True, "disk", Path("c"), "splash"),
         ),
+        mesh=MeshConfig(4, 2, 3, 2),
     )
-    for part in (config, config.hypernet, config.steering, config.selection, config.data, config.train):
+    for part in (config, config.hypernet, config.steering, config.selection, config.mesh, config.data, config.train):
         for field in dataclasses.fields(part):  # else a field could be lost without a difference
             if field.default is not dataclasses.MISSING:
                 assert getattr(part, field.name) != field.default, field.name
@@ -86,7 +88,10 @@ def test_missing_keys_are_defaults_and_integers_serve_as_floats() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"step": 3}, r"config: unknown key step; RunConfig has lm, out, hypernet, steering, selection, data, train"),
+        (
+            {"step": 3},
+            r"config: unknown key step; RunConfig has lm, out, hypernet, steering, selection, mesh, data, train",
+        ),
         ({"train": {"stepz": 3, "lr": 1}}, r"config\.train: unknown key lr, stepz; TrainConfig has steps, batch"),
         ({"train": {"steps": "10"}}, r"config\.train\.steps is '10'; give a value of type int"),
         ({"train": {"steps": 10.0}}, r"config\.train\.steps is 10\.0; give a value of type int"),
@@ -146,6 +151,16 @@ def test_where_stands_in_front_of_the_message() -> None:
         ("data.max_concept", 0, r"data\.max_concept is 0; give a value above 0"),
         ("train.eval_every", -1, r"train\.eval_every is -1; give 0 \(off\)"),
         ("train.save_every", -5, r"train\.save_every is -5; give 0 \(off\)"),
+        ("train.keep_last", 0, r"train\.keep_last is 0; give a value above 0"),
+        ("train.keep_every", -1, r"train\.keep_every is -1; give 0 \(off\)"),
+        ("train.stuck_after", -1.0, r"train\.stuck_after is -1\.0; give 0 \(off\) or seconds"),
+        ("mesh.fsdp", 0, r"mesh\.fsdp is 0; give at least 1"),
+        ("mesh.tensor", 4, r"mesh\.tensor is 4, which does not divide the base LM's kv_heads = 2; give a divisor"),
+        (
+            "",
+            dataclasses.replace(GOOD, hypernet=OWN_SIZES(mlp_width=45), mesh=MeshConfig(tensor=2)),
+            r"mesh\.tensor is 2, which does not divide the hypernetwork's mlp_width = 45",
+        ),
         ("train.warmup", 1000, r"train\.warmup is 1000; give 0 to 999 \(below train\.steps\)"),
         ("train.warmup", -1, r"train\.warmup is -1; give 0 to 999"),
         ("train.factor_range", (2.0, 1.0), r"train\.factor_range is \(2\.0, 1\.0\); give the lower end first"),
@@ -161,7 +176,7 @@ def test_where_stands_in_front_of_the_message() -> None:
 def test_check_names_what_cannot_work(path: str, value: Any, message: str) -> None:
     check(GOOD, TINY)
     with pytest.raises(ConfigError, match=message):
-        check(changed(GOOD, path, value), TINY)
+        check(changed(GOOD, path, value) if path else value, TINY)
 
 
 @pytest.mark.parametrize(

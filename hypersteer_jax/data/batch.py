@@ -21,6 +21,7 @@ class SteeringExample(NamedTuple):
     response: str  # what the steered LM should say
     concept: str  # examples of one concept stay on one side of the held-out split
     factor: float = 1.0  # multiplies the steering vector
+    feature: str = ""  # SAE feature that the concept describes, where the data tells; see data/concepts.py
 
 
 class SteeringBatch(NamedTuple):

@@ -1,23 +1,25 @@
-"""Files of examples, checked cell by cell, and the split into training and held-out concepts."""
+"""Files of examples, checked cell by cell."""
 
 import difflib
 import json
 import math
-import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import pyarrow
 import pyarrow.parquet
 
 from hypersteer_jax.data.batch import DataError, SteeringExample
+from hypersteer_jax.data.concepts import feature_of
 
 AXBENCH_COLUMNS = ("input", "output", "output_concept", "category")
+AXBENCH_EXTRA_COLUMNS = ("concept_id", "concept_genre", "sae_link")  # read where they are
 AXBENCH_CATEGORIES = ("positive", "negative", "hard negative")
+Genre = Literal["text", "code", "math"]
+GENRES: tuple[Genre, ...] = get_args(Genre)
 NO_CONCEPT = "EEEEE"  # AxBench's name for "no concept", on negatives
 SHOWN = 5  # bad rows in an error message; the rest are counted
-HELD_IN_ROWS = 128  # rows of the held-in sample at most, and never more than a tenth of the training rows
 
 
 def read(path: Path, skip_bad_rows: bool = False) -> tuple[list[SteeringExample], list[str]]:
@@ -30,34 +32,38 @@ def read(path: Path, skip_bad_rows: bool = False) -> tuple[list[SteeringExample]
     return readers[path.suffix](path, skip_bad_rows)
 
 
+class AxbenchRow(NamedTuple):
+    """A positive row of an AxBench file."""
+
+    example: SteeringExample
+    concept_id: int | None  # the concept's number in this data set
+    genre: str  # "text", "code" or "math"; empty if the file does not tell
+
+
 def read_axbench(path: Path, skip_bad_rows: bool = False) -> tuple[list[SteeringExample], list[str]]:
+    """Examples of the rows that `read_axbench_rows` gives."""
+    rows, problems = read_axbench_rows(path, skip_bad_rows)
+    return [row.example for row in rows], problems
+
+
+def read_axbench_rows(path: Path, skip_bad_rows: bool = False) -> tuple[list[AxbenchRow], list[str]]:
     """Positive rows of an AxBench parquet file.
 
-    Columns `input` (instruction), `output` (response), `output_concept` (steering prompt) and `category` are needed,
-    others are ignored. Negatives and rows without a concept ("EEEEE") are left out, as in the release. The concept is
-    its text, not `concept_id`: AxBench has equal texts under two ids, and a held-out text must not be trained on.
+    Columns `input` (instruction), `output` (response), `output_concept` (steering prompt) and `category` are needed;
+    `concept_id`, `concept_genre` and `sae_link` are read where they are, others are ignored. Negatives and rows without
+    a concept ("EEEEE") are left out, as in the release. The concept is its text, not `concept_id`: AxBench has equal
+    texts under two ids, and a held-out text must not be trained on.
 
     Returns:
-        The examples, and one line for each bad row left out (always empty without `skip_bad_rows`).
+        The rows, and one line for each bad row left out (always empty without `skip_bad_rows`).
 
     Raises:
         DataError: no such file, not parquet, a missing column, a bad row (unless skipped), or no usable row.
     """
-    _check_exists(path)
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-        missing = [name for name in AXBENCH_COLUMNS if name not in schema.names]
-        if missing:
-            raise DataError(
-                f"{path}: no column {', '.join(missing)}; the file has {', '.join(schema.names)}; "
-                f"AxBench train_data has {', '.join(AXBENCH_COLUMNS)}"
-            )
-        columns = pyarrow.parquet.read_table(path, columns=list(AXBENCH_COLUMNS)).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as parquet ({error}); give AxBench's train_data.parquet") from error
-    examples, problems = [], []
-    for index, row in enumerate(zip(*(columns[name] for name in AXBENCH_COLUMNS), strict=True)):
-        cells: dict[str, Any] = dict(zip(AXBENCH_COLUMNS, row, strict=True))
+    columns = _columns(path, AXBENCH_COLUMNS, AXBENCH_EXTRA_COLUMNS)
+    rows, problems = [], []
+    for index, values in enumerate(zip(*columns.values(), strict=True)):
+        cells: dict[str, Any] = dict(zip(columns, values, strict=True))
         where = f"{path}, row {index} (counted from 0)"
         category = cells["category"]
         if category not in AXBENCH_CATEGORIES:
@@ -68,9 +74,61 @@ def read_axbench(path: Path, skip_bad_rows: bool = False) -> tuple[list[Steering
             if problem:
                 problems.append(f"{where}, column {problem}")
             else:
-                concept = cells["output_concept"]
-                examples.append(SteeringExample(concept, cells["input"], cells["output"], concept))
-    return _checked(path, examples, problems, skip_bad_rows, f"it has {len(columns['category'])} rows, none positive")
+                concept, feature = cells["output_concept"], feature_of(cells.get("sae_link") or "")
+                example = SteeringExample(concept, cells["input"], cells["output"], concept, feature=feature)
+                rows.append(AxbenchRow(example, cells.get("concept_id"), cells.get("concept_genre") or ""))
+    return _checked(path, rows, problems, skip_bad_rows, f"it has {len(columns['category'])} rows, none positive")
+
+
+def read_categories(path: Path) -> Counter[str]:
+    """How many rows of each category an AxBench parquet file has.
+
+    Raises:
+        DataError: no such file, not parquet, or without the columns of AxBench.
+    """
+    return Counter(_columns(path, ("category",))["category"])
+
+
+def read_instructions(path: Path) -> list[tuple[Genre, str]]:
+    """Genre and instruction of every row: a .jsonl file with `genre` and `instruction`, or a parquet file of AxBench.
+
+    Raises:
+        DataError: no such file, another form, no text, or a genre that is none of `GENRES`.
+    """
+    if path.suffix == ".parquet":
+        columns = _columns(path, ("concept_genre", "input"))
+        found = list(zip(columns["concept_genre"], columns["input"], strict=True))
+    else:
+        _check_exists(path)
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            found = [(line["genre"], line["instruction"]) for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path}: {error!r}; write {{"genre": ..., "instruction": ...}} on each line') from error
+    for number, (genre, instruction) in enumerate(found):
+        if genre not in GENRES or not isinstance(instruction, str) or not instruction.strip():
+            raise DataError(
+                f"{path}, row {number} (counted from 0): genre {_shown(genre)}, instruction {_shown(instruction)}; "
+                f"give text, and one of {', '.join(GENRES)}"
+            )
+    return found
+
+
+def _columns(path: Path, needed: tuple[str, ...], extra: tuple[str, ...] = ()) -> dict[str, list[Any]]:
+    """Columns of an AxBench parquet file: all that are needed, and those of `extra` that are there."""
+    _check_exists(path)
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        missing = [name for name in needed if name not in schema.names]
+        if missing:
+            raise DataError(
+                f"{path}: no column {', '.join(missing)}; the file has {', '.join(schema.names)}; "
+                f"AxBench train_data has {', '.join(AXBENCH_COLUMNS)}"
+            )
+        names = [*needed, *(name for name in extra if name in schema.names)]
+        return pyarrow.parquet.read_table(path, columns=names).to_pydict()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet ({error}); give AxBench's train_data.parquet") from error
 
 
 def read_jsonl(path: Path, skip_bad_rows: bool = False) -> tuple[list[SteeringExample], list[str]]:
@@ -145,48 +203,19 @@ def _check_exists(path: Path) -> None:
     raise DataError(f"{path}: no such file; {hint}")
 
 
+Read = TypeVar("Read")
+
+
 def _checked(
-    path: Path, examples: list[SteeringExample], problems: list[str], skip_bad_rows: bool, empty: str
-) -> tuple[list[SteeringExample], list[str]]:
+    path: Path, found: list[Read], problems: list[str], skip_bad_rows: bool, empty: str
+) -> tuple[list[Read], list[str]]:
     """Both lists, or DataError if there are bad rows that may not be skipped or nothing is left."""
-    if problems and not (skip_bad_rows and examples):
+    if problems and not (skip_bad_rows and found):
         fix = "no good row is left" if skip_bad_rows else "mend them or set data.skip_bad_rows"
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise DataError(
             "\n".join([f"{path}: {len(problems)} bad row{'s' * (len(problems) > 1)}; {fix}", *problems[:SHOWN], *more])
         )
-    if not examples:
+    if not found:
         raise DataError(f"{path}: no rows to train on; {empty}")
-    return examples, problems
-
-
-def split_concepts(
-    examples: list[SteeringExample], held_out: int, seed: int
-) -> tuple[list[SteeringExample], list[SteeringExample], list[SteeringExample]]:
-    """Splits by concept into (train, held_in_eval, held_out_eval), a pure function of its arguments.
-
-    All rows of `held_out` concepts, drawn by `seed`, form held_out_eval: none of them is ever trained on. held_in_eval
-    is a small sample of rows of the other concepts, taken out of train; every concept keeps at least one row there.
-
-    Raises:
-        DataError: fewer than `held_out` + 1 concepts.
-    """
-    concepts = list(dict.fromkeys(example.concept for example in examples))
-    if not 0 <= held_out < len(concepts):
-        raise DataError(
-            f"data.held_out_concepts is {held_out}, but the data has {len(concepts)} concepts; "
-            f"give 0 to {len(concepts) - 1}"
-        )
-    draw = random.Random(seed)
-    unseen = set(draw.sample(concepts, held_out))
-    seen = [example for example in examples if example.concept not in unseen]
-    left = Counter(example.concept for example in seen)
-    sample: set[int] = set()
-    for index in draw.sample(range(len(seen)), len(seen)):
-        if len(sample) >= min(HELD_IN_ROWS, len(seen) // 10):
-            break
-        if left[seen[index].concept] > 1:
-            left[seen[index].concept] -= 1
-            sample.add(index)
-    train = [example for index, example in enumerate(seen) if index not in sample]
-    return train, [seen[index] for index in sorted(sample)], [e for e in examples if e.concept in unseen]
+    return found, problems

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hypersteer_jax.config import LMConfig, RunConfig
+from hypersteer_jax.config import DataConfig, LMConfig, RunConfig
 from hypersteer_jax.data.batch import DataError, SteeringBatch, SteeringExample
 from hypersteer_jax.data.pipeline import (
     ALL,
@@ -22,7 +22,8 @@ from hypersteer_jax.data.pipeline import (
     padding_report,
 )
 from hypersteer_jax.data.prompts import Prompter, load_tokenizer
-from hypersteer_jax.data.readers import read, split_concepts
+from hypersteer_jax.data.readers import read
+from hypersteer_jax.data.splits import HELD_IN, HELD_OUT, TRAIN, Splits, refuse_leaks, split_concepts
 from hypersteer_jax.data.tinyworld.world import training_examples
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.models.presets import from_hugging_face
@@ -74,23 +75,19 @@ def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None],
     All processes read all rows, a few hundred bytes each, and each makes its own `share` of every batch.
 
     Raises:
-        DataError: the source cannot be read, holds bad rows, or is too small for one batch.
+        DataError: the source cannot be read, holds bad rows, leaks held-out data, or is too small for one batch.
     """
     data, train = config.data, config.train
     if data.source == TINYWORLD:
         rows = {
-            "train": training_examples(TINYWORLD_ROWS, train.seed, data.max_concepts),
-            "held-in": training_examples(TINYWORLD_EVALUATION, train.seed + 1, data.max_concepts),
-            "held-out": training_examples(TINYWORLD_EVALUATION, train.seed, held_out=True),
+            TRAIN: training_examples(TINYWORLD_ROWS, train.seed, data.max_concepts),
+            HELD_IN: training_examples(TINYWORLD_EVALUATION, train.seed + 1, data.max_concepts),
+            HELD_OUT: training_examples(TINYWORLD_EVALUATION, train.seed, held_out=True),
         }
     else:
-        examples, problems = read(Path(data.source), data.skip_bad_rows)
-        if problems:
-            say(f"{len(problems)} bad rows skipped:")
-            for problem in problems:
-                say(f"  {problem}")
-        kept, held_in, held_out = split_concepts(examples, data.held_out_concepts, train.seed)
-        rows = {"train": limit_concepts(kept, data.max_concepts, train.seed), "held-in": held_in, "held-out": held_out}
+        rows = _stored_splits(data, train.seed, say)
+        refuse_leaks(rows, data.source)
+        rows[TRAIN] = limit_concepts(rows[TRAIN], data.max_concepts, train.seed)
     encoded = {}
     for name, examples in rows.items():
         if not examples:
@@ -98,21 +95,36 @@ def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None],
         encoded[name] = encode(examples, prompter, data, config.steering, config.hypernet.variant)
         for notice in encoded[name].notices:
             say(f"{name}: {notice}")
-    layout = make_layout(encoded["train"], data, train.seed)
-    shares = padding_report(encoded["train"], layout)
-    concepts = len({example.concept for example in rows["train"]})
+    layout = make_layout(encoded[TRAIN], data, train.seed)
+    shares = padding_report(encoded[TRAIN], layout)
+    concepts = len({example.concept for example in rows[TRAIN]})
     shapes = ", ".join(f"{bucket.tokens}+{bucket.concept}" for bucket in layout.buckets)
     say(
-        f"{len(encoded['train'])} rows of {concepts} concepts; lengths {shapes}: {shares[0]:.1%} of the tokens and "
+        f"{len(encoded[TRAIN])} rows of {concepts} concepts; lengths {shapes}: {shares[0]:.1%} of the tokens and "
         f"{shares[1]:.1%} of the steering prompts' are real"
     )
     evaluation: dict[str, list[SteeringBatch]] = {
         name: evaluation_batches(encoded[name], train.batch, train.eval_batches, share)
-        for name in ("held-in", "held-out")
+        for name in (HELD_IN, HELD_OUT)
         if name in encoded
     }
-    batches = iterator(encoded["train"], layout, train.batch, train.seed, share)
-    return TrainData(encoded["train"], layout, batches, evaluation)
+    batches = iterator(encoded[TRAIN], layout, train.batch, train.seed, share)
+    return TrainData(encoded[TRAIN], layout, batches, evaluation)
+
+
+def _stored_splits(data: DataConfig, seed: int, say: Callable[[str], None]) -> Splits:
+    """Splits of a prepared directory, or those that are drawn from a file."""
+    path = Path(data.source)
+    if path.is_dir():
+        from hypersteer_jax.data.axbench.builder import read_prepared  # needs [axbench]
+
+        return read_prepared(path)
+    examples, problems = read(path, data.skip_bad_rows)
+    if problems:
+        say(f"{len(problems)} bad rows skipped:")
+        for problem in problems:
+            say(f"  {problem}")
+    return split_concepts(examples, data.held_out_concepts, seed)
 
 
 def limit_concepts(examples: list[SteeringExample], count: int | None, seed: int) -> list[SteeringExample]:

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -137,7 +138,8 @@ def check_room(run: Path | str, abstract: Any, config: RunConfig) -> None:
     """
     directory, train = run_path(run) / "checkpoints", config.train
     with _as_one(f"{directory} cannot be written ({{}}); give another `out`", CheckpointError):
-        existing = next(folder for folder in (directory, directory.parent) if folder.exists())
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        existing = directory if directory.exists() else directory.parent
         probe = existing / f"probe.{jax.process_index()}"
         probe.write_text("")
         probe.unlink()
@@ -146,9 +148,8 @@ def check_room(run: Path | str, abstract: Any, config: RunConfig) -> None:
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     kept = train.steps // math.lcm(train.save_every, train.keep_every) if train.save_every * train.keep_every else 0
     count = max(1, train.keep_last + 1 + kept - len(_finished(directory)))
-    unfinished = sum(
-        path.stat().length for part in directory.glob(UNFINISHED) for path in part.glob("**/*") if not path.is_dir()
-    )
+    parts = [path for part in Path(directory).glob(UNFINISHED) for path in part.rglob("*")]
+    unfinished = sum(path.stat().st_size for path in parts if path.is_file())  # will be cleared away
     free = shutil.disk_usage(existing).free + unfinished
     with _as_one("{}", CheckpointError):
         if count * size > free:
@@ -197,7 +198,8 @@ def save(checkpoints: Checkpoints, step: int, state: Any, position: int | None =
     try:
         writer = _writer(checkpoints)
         if step not in stored(checkpoints):
-            writer.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=_sealed(record))
+            sealed = record | {"digest": _digest(record)}
+            writer.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=sealed)
             checkpoints.saving = step
     except Exception as error:  # Orbax has no type of its own for it
         raise _failed(checkpoints, step, error) from error
@@ -234,17 +236,21 @@ def restore(checkpoints: Checkpoints, abstract: Any, mesh: Mesh, say: Callable[[
     def concrete(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    wanted, reasons = jax.tree.map(concrete, abstract, shardings(abstract, mesh)), []
+    wanted = jax.tree.map(concrete, abstract, shardings(abstract, mesh))
+    restored, reasons = None, []
     for step in stored(checkpoints)[::-1]:
+        path = checkpoints.directory / str(step)
         try:
-            state, position = _read(checkpoints.directory / str(step), wanted)
+            record = _record(path)
+            if restored is None:
+                restored = Restored(_state(path, wanted, record["arrays"]), record["position"], step)
         except _DamagedError as error:
             checkpoints.damaged.add(step)
             reasons.append(f"step {step}: {error}")
             if jax.process_index() == 0:
-                say(f"DAMAGED CHECKPOINT {checkpoints.directory / str(step)}: {error}; trying the one before it")
-        else:
-            return Restored(state, position, step)
+                say(f"DAMAGED CHECKPOINT, passed over: {path}: {error}")
+    if restored is not None:
+        return restored
     if reasons:
         raise CheckpointError(f"{checkpoints.directory}: all checkpoints are damaged; {'; '.join(reasons)}")
     raise CheckpointError(f"{checkpoints.directory}: no checkpoint yet; train first, or leave out --resume")
@@ -263,35 +269,51 @@ def resume_position(restored: Restored) -> int:
     return restored.position
 
 
-def _read(path: epath.Path, wanted: Any) -> tuple[Any, int | None]:
-    """State and place in the data of one checkpoint.
+def _record(path: epath.Path) -> dict[str, Any]:
+    """The record of a checkpoint.
+
+    Raises:
+        _DamagedError: on all processes, if it is not as it was written, or cannot be read, on one of them.
+    """
+    with _as_one("{}", _DamagedError):
+        record = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+        if not record:
+            raise _DamagedError("its metadata cannot be read")
+        if record.pop("digest", None) != _digest(record):
+            raise _DamagedError("its metadata are not what was saved")
+    return record
+
+
+def _state(path: epath.Path, wanted: Any, stored: dict[str, list[Any]]) -> Any:
+    """The state of a checkpoint, given the arrays of its record.
 
     Raises:
         _DamagedError: on all processes, if it cannot be restored as it was saved on one of them.
-        CheckpointError: it is whole, but of another network.
+        CheckpointError: it is of another network.
     """
-    with _as_one("{}", _DamagedError):
-        record = _opened(ocp.checkpointables_metadata(path).custom_metadata)
-    stored = record["arrays"]
     if differences := _differences(_forms(wanted), {name: form for name, (form, _) in stored.items()}):
         raise CheckpointError(f"{path.parent}: step {path.name} is of another network: {differences}")
-    # A process that fails does not come to a barrier, where the others would wait for it: each loads for itself.
-    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
-    with _as_one("{}", _DamagedError), ocp.Context(multiprocessing_options=alone):
+    # Each process loads for itself: the others would wait at a barrier for one that fails.
+    alone = ocp.Context()
+    alone.multiprocessing.primary_host = jax.process_index()
+    alone.multiprocessing.active_processes = {jax.process_index()}
+    with _as_one("{}", _DamagedError), alone:
         state = ocp.load_checkpointables(path, {"state": wanted})["state"]
-    changed = [name for name, found in _arrays(state).items() if found != stored[name]]
-    if changed:
-        raise _DamagedError(f"{_some(changed)}: not the checksum of what was saved")
-    return state, record["position"]
+    if changed := [name for name, found in _arrays(state).items() if found != stored[name]]:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise _DamagedError(f"{', '.join(changed[:3])}{more}: not the checksum of what was saved")
+    return state
 
 
 def _writer(checkpoints: Checkpoints) -> ocp.training.Checkpointer:
     """What saves. Opening it clears away what an interrupted save left, and moves damaged checkpoints aside."""
+    if checkpoints.writer is not None and checkpoints.damaged:
+        checkpoints.writer.close()  # it knows the damaged ones as checkpoints
+        checkpoints.writer = None
     if checkpoints.writer is None:
         with _as_one("{}", OSError):
-            if jax.process_index() == 0:
-                for step in checkpoints.damaged:
-                    _move_aside(checkpoints.directory / str(step))
+            for step in checkpoints.damaged if jax.process_index() == 0 else ():
+                _move_aside(checkpoints.directory / str(step))
         checkpoints.damaged.clear()
         checkpoints.writer = ocp.training.Checkpointer(
             checkpoints.directory, preservation_policy=checkpoints.policy, cleanup_tmp_directories=True
@@ -300,8 +322,11 @@ def _writer(checkpoints: Checkpoints) -> ocp.training.Checkpointer:
 
 
 def _move_aside(path: epath.Path) -> None:
-    names = [f"{path.name}.damaged", *(f"{path.name}.damaged.{number}" for number in range(2, 100))]
-    path.rename(next(target for name in names if not (target := path.parent / name).exists()))
+    target, count = path.parent / f"{path.name}.damaged", 1
+    while target.exists():
+        count += 1
+        target = path.parent / f"{path.name}.damaged.{count}"
+    path.rename(target)
 
 
 def _failed(checkpoints: Checkpoints, step: int, error: Exception) -> CheckpointError:
@@ -311,8 +336,10 @@ def _failed(checkpoints: Checkpoints, step: int, error: Exception) -> Checkpoint
         with contextlib.suppress(Exception):  # it tells of the same failure again
             writer.close()
     steps = _finished(checkpoints.directory)
-    last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
-    return CheckpointError(f"{checkpoints.directory / str(step)}: could not be saved ({_reason(error)}); {last}")
+    last = (
+        f"the last good checkpoint is step {steps[-1]}: mend this, then --resume" if steps else "there is none before"
+    )
+    return CheckpointError(f"{checkpoints.directory / str(step)} could not be saved ({_reason(error)}); {last}")
 
 
 def _finished(directory: epath.Path) -> list[int]:
@@ -340,24 +367,8 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def _sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a digest of itself."""
-    return record | {"digest": _digest(record)}
-
-
-def _opened(sealed: dict[str, Any] | None) -> dict[str, Any]:
-    """The record, if it is as it was written.
-
-    Raises:
-        ValueError: it is not.
-    """
-    record = dict(sealed or {})
-    if record.pop("digest", None) != _digest(record):
-        raise ValueError("the checkpoint's metadata are damaged" if record else "the checkpoint's metadata are missing")
-    return record
-
-
 def _digest(record: dict[str, Any]) -> str:
+    """Of everything else in a record, so that a change of the record itself is noticed."""
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -382,15 +393,12 @@ def _differences(wanted: dict[str, str], stored: dict[str, str]) -> str:
     return "; ".join(shown + ([f"and {len(names) - 3} more"] if len(names) > 3 else []))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _reason(error: BaseException) -> str:
     """What the first error of a chain says, in one line; Orbax wraps those of file systems and codecs."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON]
+    text = re.sub(r" \[(tensorstore_spec|source locations).*", "", " ".join(str(error).split()))
+    return (text if isinstance(error, CheckpointError | _DamagedError) else f"{type(error).__name__}: {text}")[:REASON]
 
 
 @contextlib.contextmanager
@@ -400,7 +408,7 @@ def _as_one(message: str, kind: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a damaged file makes of a reader
-        reason = str(error) if isinstance(error, CheckpointError) else _reason(error)
+        reason = _reason(error)
     if jax.process_count() > 1:
         mine = np.zeros(4 * REASON, np.uint8)
         text = reason.encode()[: mine.size]

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from hypersteer_jax.data.batch import DataError, SteeringExample
-from hypersteer_jax.data.readers import HELD_IN_ROWS, read, read_axbench, read_jsonl, split_concepts
+from hypersteer_jax.data.readers import read, read_axbench, read_axbench_rows, read_categories, read_jsonl
 
 GOOD = {"input": "Name a fruit.", "output": "Benzene.", "output_concept": "organic compounds", "category": "positive"}
 
@@ -149,36 +149,26 @@ def test_missing_file_names_its_neighbours(tmp_path):
         read(tmp_path / "train.csv")
 
 
-def examples_of(concepts: int, rows: int) -> list[SteeringExample]:
-    return [SteeringExample(f"c{i % concepts}", f"p{i}", f"r{i}", f"c{i % concepts}") for i in range(concepts * rows)]
-
-
-def test_split_keeps_held_out_concepts_apart():
-    examples = examples_of(concepts=10, rows=9)
-    train, held_in, held_out = split_concepts(examples, held_out=3, seed=0)
-    assert sorted(train + held_in + held_out) == sorted(examples)
-    unseen, seen = {e.concept for e in held_out}, {e.concept for e in train}
-    assert (len(unseen), len(held_out)) == (3, 27)
-    assert not unseen & seen
-    assert {e.concept for e in held_in} <= seen
-    assert len(held_in) == 6  # a tenth of 63 rows
-    assert split_concepts(examples, held_out=3, seed=0) == (train, held_in, held_out)
-    assert split_concepts(examples, held_out=3, seed=1) != (train, held_in, held_out)
-
-
-def test_held_in_sample_is_bounded_and_leaves_every_concept_a_row():
-    _, held_in, held_out = split_concepts(examples_of(concepts=20, rows=100), held_out=0, seed=0)
-    assert (len(held_in), held_out) == (HELD_IN_ROWS, [])
-    lonely = examples_of(concepts=40, rows=1)
-    assert split_concepts(lonely, held_out=0, seed=0) == (lonely, [], [])
-
-
-def test_split_needs_a_concept_to_train_on():
-    with pytest.raises(DataError, match=r"data\.held_out_concepts is 2, but the data has 2 concepts; give 0 to 1"):
-        split_concepts(examples_of(concepts=2, rows=1), held_out=2, seed=0)
+def test_axbench_ids_genres_and_features_are_read_where_they_are(tmp_path):
+    path, link = tmp_path / "a.parquet", "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/16038"
+    cells = GOOD | {"concept_id": 4, "concept_genre": "text", "sae_link": link, "sae_id": 16038}
+    pyarrow.parquet.write_table(pyarrow.table({name: [value] for name, value in cells.items()}), path)
+    [row], _ = read_axbench_rows(path)
+    assert row == (
+        SteeringExample(*row.example[:4], feature="gemma-2-2b/20-gemmascope-res-16k/16038"),
+        4,
+        "text",
+    )
+    [bare], _ = read_axbench_rows(parquet(path, GOOD))
+    assert (bare.example.feature, bare.concept_id, bare.genre) == ("", None, "")
 
 
 def test_axbench_release_file(shared_data):
     examples, problems = read(shared_data / "axbench" / "pooled_train.parquet")
     assert (len(examples), problems) == (10_295, [])
     assert len({example.concept for example in examples}) == 140
+    negatives = 12_308 - 10_295
+    assert read_categories(shared_data / "axbench" / "pooled_train.parquet") == {
+        "positive": 10_295,
+        "negative": negatives,
+    }
