@@ -47,8 +47,9 @@ SAVE_EVERY, EVAL_EVERY = 5, 7
 SETTINGS = {
     "--hypernet.blocks": 1,
     "--data.buckets": 1,
-    "--train.batch": 8,
-    "--train.eval-batches": 2,
+    "--data.held-out-concepts": 0,
+    "--train.batch": 4,
+    "--train.eval-batches": 1,
     "--train.save-every": SAVE_EVERY,
     "--train.eval-every": EVAL_EVERY,
     "--train.eval-share": 1,  # as often as that
@@ -126,9 +127,11 @@ def unfinished(run: Path) -> set[str]:
 
 
 def phase_after(rows: list[dict[str, Any]], steps: int) -> str:
-    """What an attempt, at a run of so many steps, is at after these rows of its ledger."""
+    """What an attempt, at a run of so many steps, is at after these rows of its ledger; "end" when it is through."""
     row = rows[-1] if rows else {"kind": "lost"}
     last = row.get("last", 0)
+    if [row["kind"] for row in rows[-2:]] == ["eval", "save"] and last == steps:
+        return "end"
     saves, measures = (last % every == 0 or last == steps for every in (SAVE_EVERY, EVAL_EVERY))
     match row["kind"]:
         case "lost":
@@ -217,7 +220,7 @@ def aims(rng: random.Random) -> Iterator[tuple[str, signal.Signals]]:
 
 
 def kill(attempt: Attempt, aim: tuple[str, signal.Signals], rng: random.Random, lasts: dict[str, float]) -> Kill | None:
-    """Kills an attempt at a random moment of a phase; None if it reached its end before.
+    """Kills an attempt at a random moment of a phase; None if it was through before.
 
     Args:
         attempt: just started.
@@ -236,7 +239,7 @@ def kill(attempt: Attempt, aim: tuple[str, signal.Signals], rng: random.Random, 
     victims = list(range(len(processes)))
     if len(victims) > 1 and rng.random() < 1 / 3:
         victims = [rng.choice(victims)]
-    if not attempt.goes_on():
+    if phase == "end" or not attempt.goes_on():
         finished(processes, run)
         return None
     begin = time.monotonic()
@@ -247,8 +250,8 @@ def kill(attempt: Attempt, aim: tuple[str, signal.Signals], rng: random.Random, 
     seconds = time.monotonic() - begin
     codes = [process.wait(BOUND) for process in processes]
     seconds_all = time.monotonic() - begin
-    if not any(codes):
-        return None  # it was at its end
+    if attempt.phase() == "end":
+        return None
     with checkpoint.open_checkpoints(run) as checkpoints:
         committed = max(checkpoint.stored(checkpoints), default=-1)
     steps = {row["step"] for row in read_rows(run / "metrics.jsonl")}

@@ -1,6 +1,7 @@
 """`hypersteer <command>`. Each command is one call into a module, imported when it runs, so that help is instant."""
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -325,6 +326,7 @@ def main() -> None:
         from hypersteer_jax.training.preemption import EXIT_CODE, Preempted
 
         if isinstance(error, Preempted):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not change the exit code
             print(error, file=sys.stderr)
             sys.exit(EXIT_CODE)
         if isinstance(error, DataError | GoldenError | WeightsError | CheckpointError | FloatingPointError):
