@@ -112,7 +112,7 @@ flight and of gaps between arrays, nor of what the compiler makes again or puts 
 Math: FLOPs of `training/flops.py` at the peak of bfloat16. Memory: what the compiled program reads and writes. Links:
 what a chip has to send within its slice (gathered, scattered, ...), over all its links at once; network: to another
 slice, at 25 GB/s a host. The longest of them binds, as if the others were hidden behind it. Chip-hours are for 8,000
-concepts x 72 rows x 3 epochs. What is sent are weights and their gradients, which do not grow with the batch: the last
+concepts x 72 rows x 3 epochs. Without `tensor`, weights and their gradients are sent, whatever the batch: the last
 column says how many rows a chip needs for the arithmetic to take as long as the links.
 
 | run | FLOPs, T | gathered, scattered, summed, other, GB | read and written, GB | math, ms \
