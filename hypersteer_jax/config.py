@@ -157,6 +157,7 @@ class TrainConfig:
     keep_last: int = 3  # newest checkpoints that are kept
     keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good; 0: none
     stuck_after: float = 1800.0  # seconds without progress after which a run dumps its stacks and exits; 0: never
+    profile: int = 0  # steps, after the first ten, that are traced into out/profile for xprof; 0: none
     remat: bool = False  # recompute block activations in the backward pass
     cache: Literal["off", "memory", "disk"] = "off"  # keep each row's residual, so that no epoch runs the lower blocks
     cache_dir: Path = Path("runs/cache")  # of a disk cache; runs on the same base LM, layer and data can share one
@@ -314,7 +315,7 @@ def check(config: RunConfig, lm: LMConfig) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name} is {value}; give a value above 0")
-    for name in ("eval_every", "save_every", "keep_every"):
+    for name in ("eval_every", "save_every", "keep_every", "profile"):
         if getattr(train, name) < 0:
             raise ConfigError(f"train.{name} is {getattr(train, name)}; give 0 (off) or a number of steps")
     if train.stuck_after < 0:

@@ -61,7 +61,7 @@ def test_every_field_survives() -> None:
         data=DataConfig("x.jsonl", 3, 8, 100, 50, 20, False, 2, True, True),
         train=TrainConfig(
             *(5, 2, 1.0, "cosine", 1, 2.0, 0.1, "example", (-1.0, 2.0), 4, "float32"),
-            *(7, 8, 0.5, 9, 2, 30, 60.0, True, "disk", Path("c"), "splash"),
+            *(7, 8, 0.5, 9, 2, 30, 60.0, 3, True, "disk", Path("c"), "splash"),
         ),
         mesh=MeshConfig(4, 2, 3, 2),
     )

@@ -36,6 +36,7 @@ from hypersteer_jax.training.metrics import MetricsLog
 from hypersteer_jax.training.preemption import Notice, Preempted, Watchdog
 
 Metrics = dict[str, Any]
+WARM = 10  # steps before a profile
 
 
 class TrainState(NamedTuple):
@@ -307,6 +308,7 @@ class _Loop:
         self.pending: tuple[int, Metrics, SteeringBatch] | None = None  # the step whose values are not known yet
         self.loss = float("nan")  # of the last step whose values are known
         self.evaluating = 0.0  # seconds
+        self.tracing = False  # for `train.profile`
 
     def compile(self, state: TrainState) -> None:
         """Compiles all that the run will need, so that no step does, and a shape that is too large is known now."""
@@ -335,6 +337,7 @@ class _Loop:
                 self.leave(start)
         first = start  # step of the current stretch
         for index in range(start, settings.steps):
+            self.profile(index - start)
             state, done = self.step(state, index), index + 1
             last = done == settings.steps
             saves = last or (settings.save_every > 0 and done % settings.save_every == 0)
@@ -353,9 +356,22 @@ class _Loop:
                     self.save(state, done)
                 self.leave(done)
             self.clock = time.perf_counter()
+        if self.tracing:
+            jax.profiler.stop_trace()
         checkpoint.wait(self.checkpoints)
         self.ledger.ended("save", settings.steps)
         return state
+
+    def profile(self, step: int) -> None:
+        """Begins and ends the trace of `train.profile` steps, counted from where this attempt began."""
+        count = self.config.train.profile
+        if count and step == WARM:
+            jax.profiler.start_trace(str(checkpoint.run_path(self.config.out) / "profile"))
+            self.tracing = True
+        elif self.tracing and step == WARM + count:
+            self.settle()
+            jax.profiler.stop_trace()
+            self.tracing = False
 
     def place(self, batch: SteeringBatch) -> tuple[SteeringBatch, Any]:
         """A batch and its residual, if they are kept, on the devices."""

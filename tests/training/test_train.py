@@ -28,6 +28,7 @@ from hypersteer_jax.config import (
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import BatchSource, Bucket, collate, evaluation_batches, iterator, make_layout
 from hypersteer_jax.data.sources import TrainData
+from hypersteer_jax.hlo import read_traffic
 from hypersteer_jax.sharding import make_mesh, shard_batch, shard_weights, shardings, share_of
 from hypersteer_jax.training.activations import open_cache
 from hypersteer_jax.training.checkpoint import CheckpointError, open_checkpoints, restore, stored
@@ -268,6 +269,30 @@ def test_eight_devices_do_what_one_does(
     per_device = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(ours))
     # What is not split: vectors, and matrices of a selection head.
     assert per_device < (1 / share + 0.03) * sum(leaf.size for leaf in jax.tree.leaves(ours))
+
+
+def test_what_the_devices_exchange() -> None:
+    """Each weight when it is used and once more going back, each gradient once; the embedding tables stay in place."""
+    mesh, layers, above = make_mesh(fsdp=8), LM.config.layers, LM.config.layers - 1 - CONFIG.steering.layers[0]
+    config = dataclasses.replace(ONE_BATCH, hypernet=HypernetConfig(blocks=2))
+    with jax.set_mesh(mesh):
+        lm = shard_weights(LM, mesh)
+        state = shard_weights(jax.jit(partial(init_state, config))(LM), mesh)
+        step = jax.jit(partial(train_step, config=config), donate_argnums=0)
+        text = step.lower(state, lm, shard_batch(PACKED, mesh)).compile().as_text()
+    moved = {each.kind: each.bytes for each in read_traffic(text).collectives}
+    assert set(moved) == {"all-gather", "all-reduce", "all-to-all"}
+
+    def split(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if not leaf.sharding.is_fully_replicated)
+
+    base, hypernet = split(lm.blocks), state.hypernet
+    once = base + split(hypernet.blocks) + split(hypernet.head) + split(lm.embedding)  # the table as the logits' head
+    again = base * above // layers + split(hypernet.blocks)
+    assert 0.95 * (once + again) < moved["all-gather"] < once + again  # going back, not every product is needed
+    gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(hypernet)) - split(hypernet.embedding)
+    assert moved["all-reduce"] == pytest.approx(gradients, abs=256)  # and a few scalars
+    assert moved["all-to-all"] < split(hypernet.embedding)  # what was looked up
 
 
 def adam(state: TrainState) -> Any:
@@ -530,6 +555,12 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         state = restore(checkpoints, jax.eval_shape(partial(init_state, config), LM), make_mesh()).state
     assert int(state.step) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_profile_is_left_beside_the_run(tmp_path: Path) -> None:
+    config = dataclasses.replace(having(CONFIG, steps=12, eval_every=0, save_every=0, profile=1), out=tmp_path / "run")
+    train(config, LM, data())
+    assert [path.suffixes for path in (config.out / "profile").rglob("*.pb")] == [[".xplane", ".pb"]]
 
 
 def test_evaluation_is_a_mean_over_tokens() -> None:

@@ -1,0 +1,17 @@
+NAME=gemma-2b
+TRAIN=(gemma2-2b --lm files/gemma-2-2b-it --data.source "files/my data.parquet")
+BUCKET=gs://my-bucket/runs
+FILES=gs://my-bucket/files
+PROJECT=my-project
+ZONE=us-west4-a
+ACCELERATOR=v5litepod-16
+SLICES=1
+CAPACITY=spot
+MAX_RUN=none
+QUEUE_HOURS=24
+PORT=8476
+FREE_GB=40
+MAX_RESTARTS=20
+POLL=30
+GRACE=30
+IMAGE=us-docker.pkg.dev/my-project/images/hypersteer:1

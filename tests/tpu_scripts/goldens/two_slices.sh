@@ -1,0 +1,17 @@
+NAME=gemma-9b
+TRAIN=(gemma2-9b)
+BUCKET=gs://my-bucket/runs
+FILES=none
+PROJECT=my-project
+ZONE=us-west4-a
+ACCELERATOR=v6e-256
+SLICES=2
+CAPACITY=reserved
+MAX_RUN=none
+QUEUE_HOURS=24
+PORT=8476
+FREE_GB=40
+MAX_RESTARTS=20
+POLL=30
+GRACE=30
+IMAGE=us-docker.pkg.dev/my-project/images/hypersteer:1
