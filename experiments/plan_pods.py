@@ -99,7 +99,9 @@ state donated; 9B with `train.remat`. A line with "pod" is a recipe as it is.
 
 Arguments, temporaries and peak are the compiler's `memory_analysis()`. Needed is arguments and temporaries together:
 what it held against the chip's memory when it refused a program. The peak is lower, for not all of it is in use at one
-time. Predicted is `planner.predict_memory`, a formula.
+time. Predicted is `planner.predict_memory`, a formula, whose arguments are the compiler's within {arguments:.2%}.
+Needed is {low:.2f} to {high:.2f} times it: the formula knows nothing of arrays kept twice in two layouts, of gathers in
+flight and of gaps between arrays, nor of what the compiler makes again or puts in the place of something else.
 
 | run | data x fsdp x tensor | rows | predicted | arguments | temporaries | peak | needed | of | fits |
 |---|---|---:|---:|---:|---:|---:|---:|---:|---|
@@ -110,11 +112,13 @@ time. Predicted is `planner.predict_memory`, a formula.
 Math: FLOPs of `training/flops.py` at the peak of bfloat16. Memory: what the compiled program reads and writes. Links:
 what a chip has to send within its slice (gathered, scattered, ...), over all its links at once; network: to another
 slice, at 25 GB/s a host. The longest of them binds, as if the others were hidden behind it. Chip-hours are for 8,000
-concepts x 72 rows x 3 epochs.
+concepts x 72 rows x 3 epochs. Without `tensor`, weights and their gradients are sent, whatever the batch: the last
+column says how many rows a chip needs for the arithmetic to take as long as the links.
 
 | run | FLOPs, T | gathered, scattered, summed, other, GB | read and written, GB | math, ms \
-| memory, ms | links, ms | network, ms | binds | examples/s, at most | chip-hours, at least |
-|---|---:|---|---:|---:|---:|---:|---:|---|---:|---:|
+| memory, ms | links, ms | network, ms | binds | examples/s, at most | chip-hours, at least \
+| rows a chip |
+|---|---:|---|---:|---:|---:|---:|---:|---|---:|---:|---:|
 {times}
 
 ## Generation: one more token for each row
@@ -130,7 +134,12 @@ concepts x 72 rows x 3 epochs.
 def report(found: dict[str, dict[str, Any]], missing: list[str]) -> str:
     """Markdown of all cases that were compiled."""
     trains = {name: case for name, case in found.items() if "flops" in case}
+    whole = [case for case in trains.values() if case["compiled"]]
+    ratios = [case["bytes_needed"] / case["bytes_predicted"]["total"] for case in whole]
     text = REPORT.format(
+        arguments=max(map(argument_error, whole)),
+        low=min(ratios),
+        high=max(ratios),
         versions=", ".join(f"{package} {version(package)}" for package in ("jax", "libtpu", "flax")),
         **TYPICAL._asdict() | {"rows": ROWS},
         memory="\n".join(memory_row(name, case) for name, case in trains.items()),
@@ -138,6 +147,12 @@ def report(found: dict[str, dict[str, Any]], missing: list[str]) -> str:
         decodes="\n".join(decode_row(name, case) for name, case in found.items() if name not in trains),
     )
     return text if not missing else f"{text}\nNot compiled yet: {', '.join(missing)}.\n"
+
+
+def argument_error(case: dict[str, Any]) -> float:
+    """How far the predicted arguments are from the compiled ones, as a share."""
+    predicted = sum(case["bytes_predicted"][part] for part in ("lm", "state", "batch"))
+    return abs(case["compiled"]["arguments"] / predicted - 1)
 
 
 def memory_row(name: str, case: dict[str, Any]) -> str:
@@ -157,6 +172,7 @@ def time_row(name: str, case: dict[str, Any]) -> str:
     named = [sent.pop(kind, 0.0) for kind in ("all-gather", "reduce-scatter", "all-reduce")]
     seconds = case["seconds_at_least"]
     times = [f"{1e3 * seconds[wait]:.1f}" for wait in ("math", "memory", "interconnect", "network")]
+    rows = case["config"]["train"]["batch"] / case["topology"]["chips"]
     hours = EXAMPLES / case["examples_per_second"] * case["topology"]["chips"] / 3600
     cells = [
         title(name),
@@ -167,6 +183,7 @@ def time_row(name: str, case: dict[str, Any]) -> str:
         seconds["binds"],
         f"{case['examples_per_second']:,.0f}",
         f"{hours:.1f}",
+        f"{rows * max(seconds['interconnect'], seconds['network']) / seconds['math']:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 

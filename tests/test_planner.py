@@ -362,6 +362,6 @@ def test_the_compiler_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     found = json.loads(file.read_text())
     predicted = found["bytes_predicted"]
     arguments = predicted["lm"] + predicted["state"] + predicted["batch"]
-    assert 1 <= found["compiled"]["arguments"] / arguments < 1.1  # arrays are padded to whole tiles
+    assert arguments < found["compiled"]["arguments"] < 128 / 48 * arguments  # its heads of 48 are padded to 128 lanes
     assert {"all-gather", "reduce-scatter"} <= found["collectives"].keys()
     assert found["unknown_loops"] == 0
