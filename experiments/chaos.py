@@ -48,7 +48,6 @@ SETTINGS = {
     "--hypernet.blocks": 1,
     "--data.buckets": 1,
     "--data.held-out-concepts": 0,
-    "--train.batch": 4,
     "--train.eval-batches": 1,
     "--train.save-every": SAVE_EVERY,
     "--train.eval-every": EVAL_EVERY,
@@ -94,6 +93,7 @@ class Setup:
         words = [sys.executable, "-m", "hypersteer_jax.cli", "train", "tinyworld", "--out", str(run)]
         words += ["--data.source", str(self.folder / "rows.jsonl")]
         words += ["--train.steps", str(self.steps), "--train.seed", str(self.seed)]
+        words += ["--train.batch", str(4 * self.processes)]
         words += [word for name, value in SETTINGS.items() for word in (name, *str(value).split())]
         words += ["--resume"] * resume + ["--multihost"] * (self.processes > 1)
         started = []

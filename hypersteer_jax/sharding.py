@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
@@ -106,8 +106,9 @@ def make_mesh(
     if size < len(devices) and len({device.process_index for device in devices}) > 1:
         raise ConfigError(f"{asked} leaves {len(devices) - size} of {len(devices)} devices idle; use all (mesh.*)")
     kinds = (AxisType.Explicit,) * 3
+    # Splitting a physical axis of a slice costs some links; refusing the mesh would cost the run.
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices[:size])
+        return Mesh(create_device_mesh(shape, devices[:size], allow_split_physical_axes=True), AXES, kinds)
     found = {each: len({getattr(device, each, 0) for device in devices}) for each in ("slice_index", "process_index")}
     if data % slices or slices not in found.values():
         raise ConfigError(
@@ -115,7 +116,10 @@ def make_mesh(
             "mesh.data has to be a multiple of them"
         )
     inside, across, by_process = (data // slices, fsdp, tensor), (slices, 1, 1), found["slice_index"] != slices
-    return Mesh(create_hybrid_device_mesh(inside, across, devices, process_is_granule=by_process), AXES, kinds)
+    laid = create_hybrid_device_mesh(
+        inside, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
+    return Mesh(laid, AXES, kinds)
 
 
 def mesh_is_set() -> bool:
