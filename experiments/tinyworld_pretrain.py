@@ -25,8 +25,9 @@ from hypersteer_jax.config import LMConfig, SteeringConfig
 from hypersteer_jax.data.prompts import Prompter, load_tokenizer
 from hypersteer_jax.data.tinyworld.judge import Bounds, judge, mean_nll
 from hypersteer_jax.data.tinyworld.world import corpus, instruction, load_world
+from hypersteer_jax.decoding import Decoding, GenerationBatch, Vectors, generate
 from hypersteer_jax.evaluation.protocol import GROUPS, make_trials
-from hypersteer_jax.generation import decode, left_pad
+from hypersteer_jax.generation import left_pad
 from hypersteer_jax.models.lm import LM, cast, ranks
 from hypersteer_jax.models.weights import load_lm, save_lm
 
@@ -171,11 +172,12 @@ def pretrain(lm: LM, stream, steps: int, learning_rate: float) -> LM:
 def answers(lm: LM, prompter: Prompter, prompts: list[str]) -> list[str]:
     """Unsteered answers, sampled at temperature 1."""
     tokens, mask = left_pad(prompter.prompt_tokens(prompts), prompter.pad_id)
-    rows = len(prompts)
-    new, kept = jax.jit(
-        partial(decode, config=SteeringConfig((0,)), max_new=48, temperature=1.0, end_id=prompter.end_id)
-    )(lm, tokens, mask, mask, np.zeros((rows, lm.config.width)), np.zeros(rows), np.arange(rows, dtype=np.uint32))
-    pairs = zip(np.asarray(new), np.asarray(kept), strict=True)
+    rows = np.arange(len(prompts))
+    nothing = Vectors(np.zeros((len(rows), lm.config.width), np.float32), np.zeros(len(rows), np.float32))
+    batch = GenerationBatch(tokens, mask, mask, rows, rows.astype(np.uint32), nothing)
+    decoding = Decoding(max_new=48, temperature=1.0)
+    state = generate(lm, batch, decoding.max_new, SteeringConfig((0,)), decoding, (prompter.end_id,))
+    pairs = zip(np.asarray(state.new), np.asarray(state.kept), strict=True)
     return [prompter.tokenizer.decode(ids[real], skip_special_tokens=True).strip() for ids, real in pairs]
 
 

@@ -1,30 +1,28 @@
-"""Generation: prefill and cached decoding of the steered base LM, under one jit.
+"""Generation: texts of the steered base LM, whole or as a stream.
 
-A batch mixes concepts and factors freely: each row has its own vector and factor, and factor 0 is the base LM. The
-vector of a row is computed once, from its steering prompt and base prompt, and serves every generated token (release);
-a selection head gates it at each token, of the prompt or new.
+A batch mixes concepts and factors freely, and factor 0 is the base LM. Requests are put in an order in which those of
+one batch share as much as they can (`decoding.py` does it once), and few shapes are compiled.
 
-Letters: B batch, T prompt length, P steering-prompt length, D width, N new tokens, V vocabulary.
+Letters: U base prompts, T their length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from hypersteer_jax.config import RunConfig, SteeringConfig
+from hypersteer_jax.config import ConfigError, RunConfig
 from hypersteer_jax.data.prompts import Prompter
+from hypersteer_jax.decoding import Concepts, Decoding, GenerationBatch, Vectors, generate, proceed
 from hypersteer_jax.models.hypernet import Hypernet
-from hypersteer_jax.models.lm import LM, KVCache, empty_cache, reserve
-from hypersteer_jax.models.selection import Selection
-from hypersteer_jax.steering import lower_blocks, read_context, steer, upper_pass
+from hypersteer_jax.models.lm import LM
+from hypersteer_jax.sharding import batch_ways
 
-MULTIPLE = 8  # prompt lengths are rounded up to it, so that few shapes are compiled
+Item = TypeVar("Item")
+
+SHORTEST = 8  # tokens; lengths are rounded up to powers of two from here on, so that few shapes are compiled
 
 
 class Steered(NamedTuple):
@@ -45,175 +43,144 @@ class Request(NamedTuple):
     seed: int = 0
 
 
-class Decoding(NamedTuple):
-    """How to pick tokens."""
+class Piece(NamedTuple):
+    """What a streamed text grew by."""
 
-    max_new: int = 128  # tokens, as AxBench
-    temperature: float = 0.0  # 0 is greedy
-    batch: int = 64  # rows computed together; a row's text does not depend on it
+    request: int  # its index
+    text: str
+    tokens: list[int]
+    done: bool  # no more will come
 
 
 def complete(model: Steered, requests: Sequence[Request], decoding: Decoding) -> list[str]:
-    """The generated texts, in the order of the requests, special tokens left out."""
-    if not requests:
-        return []
-    prompter, config = model.prompter, model.config
-    in_context = config.hypernet.variant == "in_context"
-    base = prompter.prompt_tokens([request.prompt for request in requests])
-    concepts = prompter.concept_tokens(
-        [request.steering_prompt for request in requests],
-        [request.prompt for request in requests] if in_context else None,
-    )
-    tokens, mask = left_pad(base, prompter.pad_id)
-    concept_tokens, concept_mask = left_pad(concepts, prompter.pad_id)
-    factor = np.array([request.factor if request.steering_prompt else 0.0 for request in requests], np.float32)
-    where = mask.copy()
-    if config.steering.inference_positions == "after_prefix":
-        where &= np.cumsum(mask, axis=1) > prompter.prefix
-    seeds = np.array([request.seed for request in requests], np.uint32)
-    arrays = (tokens, mask, where, concept_tokens, concept_mask, factor, seeds)
-    texts: list[str] = []
-    for start in range(0, len(requests), decoding.batch):
-        count = min(decoding.batch, len(requests) - start)
-        rows = np.resize(np.arange(start, start + count), decoding.batch)  # a short batch repeats its rows
-        new, alive = _complete(
-            model.hypernet,
-            model.lm,
-            *(array[rows] for array in arrays),
-            config=config.steering,
-            max_new=decoding.max_new,
-            temperature=decoding.temperature,
-            end_id=-1 if prompter.end_id is None else prompter.end_id,
-        )
-        for ids, real in zip(np.asarray(new)[:count], np.asarray(alive)[:count], strict=True):
-            texts.append(prompter.tokenizer.decode(ids[real], skip_special_tokens=True).strip())
+    """The generated texts, in the order of the requests, special tokens left out.
+
+    Raises:
+        ConfigError: a field of `decoding` is out of range, or the devices of the mesh cannot share its batch.
+    """
+    texts = [""] * len(requests)
+    for piece in stream(model, requests, decoding, decoding.max_new):
+        texts[piece.request] = piece.text
     return texts
+
+
+def stream(model: Steered, requests: Sequence[Request], decoding: Decoding, every: int = 8) -> Iterator[Piece]:
+    """The same texts in pieces, as they come: those of one batch side by side, one batch after the other.
+
+    The pieces of a request, joined, are what `complete` gives. Its last piece may be empty.
+
+    Args:
+        model: what to generate with.
+        requests: in any order; those that share base prompts are computed together.
+        decoding: how.
+        every: tokens from one look at the rows to the next.
+
+    Raises:
+        ConfigError: a field of `decoding` is out of range, or the devices of the mesh cannot share its batch.
+    """
+    _check(decoding, every)
+    tokenizer, config = model.prompter.tokenizer, model.config.steering
+    ends = decoding.stop if model.prompter.end_id is None else (model.prompter.end_id, *decoding.stop)
+    run = partial(generate, config=config, decoding=decoding, ends=ends)
+    for rows, batch in make_batches(model, requests, decoding.batch):
+        shown, told, going = [""] * len(rows), [0] * len(rows), [True] * len(rows)
+        state = run(model.lm, batch, stop=min(every, decoding.max_new))
+        while True:
+            new, kept, alive, made = map(np.asarray, (state.new, state.kept, state.alive, state.made))
+            for row, request in enumerate(rows):
+                if not going[row]:
+                    continue
+                going[row] = bool(alive[row] and made < decoding.max_new)
+                tokens = new[row][kept[row]].tolist()
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                # What ends in a character that is not whole yet, or in a space, may go on otherwise, or not at all.
+                text = (text.rstrip("\ufffd") if going[row] else text).strip()
+                yield Piece(request, text[len(shown[row]) :], tokens[told[row] :], not going[row])
+                shown[row], told[row] = text, len(tokens)
+            if not any(going):
+                break
+            stop = min(int(made) + every, decoding.max_new)
+            state = proceed(model.lm, state, stop, config=config, decoding=decoding, ends=ends)
+
+
+def _check(decoding: Decoding, every: int) -> None:
+    """Refuses what cannot be done before any work starts."""
+    ways = batch_ways()
+    bounds = {
+        "max_new": (decoding.max_new >= 1, "at least 1"),
+        "temperature": (decoding.temperature >= 0, "0 (greedy) or a value above 0"),
+        "batch": (decoding.batch >= 1 and decoding.batch % ways == 0, f"a multiple of {ways}, for as many devices"),
+        "top_k": (decoding.top_k >= 0, "0 (off) or a number of tokens"),
+        "top_p": (0 < decoding.top_p <= 1, "a value above 0, and 1 (off) at most"),
+    }
+    for name, (right, fix) in bounds.items():
+        if not right:
+            raise ConfigError(f"decoding.{name} is {getattr(decoding, name)}; give {fix}")
+    if every < 1:
+        raise ConfigError(f"every is {every}; give at least 1")
+
+
+def make_batches(model: Steered, requests: Sequence[Request], size: int) -> Iterator[tuple[list[int], GenerationBatch]]:
+    """Batches of `size` rows, and which request each row is; a last batch is filled up with its own rows.
+
+    Requests of one base prompt stand together, and prompts of like length do. Prompts, pairs and lengths are rounded
+    up, so that few shapes are compiled.
+    """
+    prompter, in_context = model.prompter, model.config.hypernet.variant == "in_context"
+    texts = list(dict.fromkeys(request.prompt for request in requests))
+    known = dict(zip(texts, prompter.prompt_tokens(texts), strict=True))
+
+    def place(index: int) -> tuple[int, str, str]:
+        request = requests[index]
+        return len(known[request.prompt]), request.prompt, request.steering_prompt
+
+    order = sorted(range(len(requests)), key=place)
+    for start in range(0, len(order), size):
+        own = order[start : start + size]
+        rows = [requests[own[row % len(own)]] for row in range(size)]
+        prompts = list(dict.fromkeys(row.prompt for row in rows))
+        tokens, mask = left_pad([known[prompt] for prompt in _fill(prompts)], prompter.pad_id)
+        where = mask.copy()
+        if model.config.steering.inference_positions == "after_prefix":
+            where &= np.cumsum(mask, axis=1) > prompter.prefix
+        factor = np.array([row.factor if row.steering_prompt else 0.0 for row in rows], np.float32)
+        steered = [row for row, by in zip(rows, factor, strict=True) if by]
+        pairs = list(dict.fromkeys((row.steering_prompt, row.prompt) for row in steered))
+        steering: Concepts | Vectors = Vectors(np.zeros((size, model.lm.config.width), np.float32), factor)
+        if pairs:
+            concepts, asked = map(list, zip(*_fill(pairs), strict=True))
+            read = prompter.concept_tokens(concepts, asked if in_context else None)
+            number = {pair: index for index, pair in enumerate(pairs)}
+            steering = Concepts(
+                model.hypernet,
+                *left_pad(read, prompter.pad_id),
+                prompt=np.array([prompts.index(prompt) for prompt in asked], np.int32),
+                pair=np.array([number.get((row.steering_prompt, row.prompt), 0) for row in rows], np.int32),
+                factor=factor,
+            )
+        prompt = np.array([prompts.index(row.prompt) for row in rows], np.int32)
+        yield (
+            own,
+            GenerationBatch(tokens, mask, where, prompt, np.array([row.seed for row in rows], np.uint32), steering),
+        )
+
+
+def _fill(items: list[Item]) -> list[Item]:
+    """The items, and some of them again, so that few different numbers of them occur."""
+    return [items[index % len(items)] for index in range(_room(len(items), batch_ways()))]
+
+
+def _room(count: int, unit: int) -> int:
+    """The least power of two times `unit` that is not below `count`."""
+    return unit * 2 ** (-(-count // unit) - 1).bit_length()
 
 
 def left_pad(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Rows of tokens as one array that ends with every row's last token, and where its real tokens are."""
-    length = -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
+    length = _room(max(map(len, rows)), SHORTEST)
     tokens = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for row, ids in enumerate(rows):
         tokens[row, length - len(ids) :] = ids
         mask[row, length - len(ids) :] = True
     return tokens, mask
-
-
-@partial(jax.jit, static_argnames=("config", "max_new", "temperature", "end_id"))
-def _complete(
-    hypernet: Hypernet,
-    lm: LM,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    where: Bool[Array, "B T"],
-    concept_tokens: Int[Array, "B P"],
-    concept_mask: Bool[Array, "B P"],
-    factor: Float[Array, " B"],
-    seeds: Int[Array, " B"],
-    config: SteeringConfig,
-    max_new: int,
-    temperature: float,
-    end_id: int,
-) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
-    context = read_context(lm, tokens, mask, config)
-    vector = hypernet(concept_tokens, concept_mask, context, mask, lm.embedding[...])
-    return decode(
-        lm, tokens, mask, where, vector, factor, seeds, config, max_new, temperature, end_id, hypernet.selection
-    )
-
-
-def decode(
-    lm: LM,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    where: Bool[Array, "B T"],
-    vector: Float[Array, "B D"],
-    factor: Float[Array, " B"],
-    seeds: Int[Array, " B"],
-    config: SteeringConfig,
-    max_new: int,
-    temperature: float,
-    end_id: int,
-    selection: Selection | None = None,
-) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
-    """Generates up to `max_new` tokens per row; stops early when every row has ended.
-
-    Args:
-        lm: base LM.
-        tokens: base prompts, left-padded.
-        mask: real tokens.
-        where: prompt positions that are steered; generated positions always are.
-        vector: one steering vector per row.
-        factor: 0 leaves a row unsteered.
-        seeds: one per row, so that a sampled text does not depend on its batch.
-        config: where the vector is added.
-        max_new: N.
-        temperature: 0 takes the most likely token.
-        end_id: token that ends a row; it is not part of the text.
-        selection: gates the vector, if there is such a head.
-
-    Returns:
-        The new tokens, and which of them come before the end.
-    """
-    batch, length = tokens.shape
-    keys = jax.vmap(jax.random.key)(seeds)
-
-    def pick(logits: Array, index: Array) -> Array:
-        if temperature == 0.0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        now = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-        return jax.vmap(jax.random.categorical)(now, logits / temperature).astype(jnp.int32)
-
-    cache = empty_cache(lm.config, batch, length + max_new, lm.embedding[...].dtype)
-    logits, cache = _forward(lm, cache, tokens, mask, where, vector, factor, config, selection)
-    token = pick(logits, jnp.zeros((), jnp.int32))
-    new = jnp.zeros((batch, max_new), jnp.int32)
-    kept = jnp.zeros((batch, max_new), bool)
-
-    def going(carry: tuple) -> Array:
-        index, _, alive, *_ = carry
-        return (index < max_new) & jnp.any(alive)
-
-    def body(carry: tuple) -> tuple:
-        index, token, alive, cache, new, kept = carry
-        new = new.at[:, index].set(token)
-        kept = kept.at[:, index].set(alive)
-        one = alive[:, None]
-        logits, cache = _forward(lm, cache, token[:, None], one, one, vector, factor, config, selection)
-        token = pick(logits, index + 1)
-        return index + 1, token, alive & (token != end_id), cache, new, kept
-
-    start = (jnp.zeros((), jnp.int32), token, token != end_id, cache, new, kept)
-    *_, new, kept = jax.lax.while_loop(going, body, start)
-    return new, kept
-
-
-def _forward(
-    lm: LM,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    where: Bool[Array, "B T"],
-    vector: Float[Array, "B D"],
-    factor: Float[Array, " B"],
-    config: SteeringConfig,
-    selection: Selection | None,
-) -> tuple[Float[Array, "B V"], KVCache]:
-    """Logits behind the last column, and the cache with these tokens in it."""
-    cache, positions = reserve(cache, mask)
-
-    def run(x: Array, start: int, stop: int) -> Array:
-        nonlocal cache
-        x, cache = lm.extend(x, cache, positions, start, stop)
-        return x
-
-    residual = run(lm.embed(tokens), 0, lower_blocks(config))
-
-    def add(x: Array, layer: int) -> tuple[Array, Array]:
-        gate = where if selection is None else where * selection(x, vector, layer)
-        return steer(x, vector, factor, gate), gate
-
-    residual, _ = upper_pass(run, add, residual, lm.config.layers, config)
-    return lm.unembed(residual[:, -1]), cache

@@ -269,10 +269,27 @@ def batch_spec() -> P | None:
     return BATCH if mesh_is_set() else None
 
 
+def cache_spec() -> P | None:
+    """Spec of the keys and values `[L, B, S, K, H]` of a cache; None without a mesh."""
+    if not mesh_is_set():
+        return None
+    return P(None, *BATCH, None, "tensor" if jax.sharding.get_abstract_mesh().shape["tensor"] > 1 else None)
+
+
 def batch_ways() -> int:
     """Among how many devices a batch is split; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in BATCH_AXES) if mesh_is_set() else 1
+
+
+def split(tree: T) -> T:
+    """Arrays with a leading batch axis, split over `data` and `fsdp`, and whole otherwise; unchanged without a mesh."""
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, BATCH), tree) if mesh_is_set() else tree
+
+
+def take(x: Float[Array, "U ..."], rows: Int[Array, " B"]) -> Float[Array, "B ..."]:
+    """Some rows of a batch, in any order and number, as another batch."""
+    return x.at[rows].get(out_sharding=batch_spec())
 
 
 def regroup(x: Array, *shape: int) -> Array:

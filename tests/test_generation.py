@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from hypersteer_jax import generation
 from hypersteer_jax.config import HypernetConfig, RunConfig, SelectionConfig, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.prompts import Prompter
-from hypersteer_jax.generation import Decoding, Request, Steered, complete, left_pad
+from hypersteer_jax.generation import Decoding, Request, Steered, complete, left_pad, make_batches
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.steering import steered_logits
 from tests.conftest import random_hypernet
@@ -110,14 +109,10 @@ def test_other_settings_too(model: Steered, tokens: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize(("positions", "first"), [("all", 0), ("after_prefix", 4)])
-def test_positions_of_inference(positions: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def written(hypernet, lm, tokens, mask, where, *rest, **settings):
-        np.testing.assert_array_equal(where, mask & (np.cumsum(mask, axis=1) - 1 >= first))
-        assert mask.sum(1).tolist() == [11, 14, 10, 10]
-        return np.full((4, 1), IDS["sea"]), where[:, -1:]
-
-    monkeypatch.setattr(generation, "_complete", written)
-    assert complete(steered(inference_positions=positions), REQUESTS, GREEDY) == ["sea"] * 4
+def test_positions_of_inference(positions: str, first: int) -> None:
+    [(_, batch)] = make_batches(steered(inference_positions=positions), REQUESTS, 4)
+    np.testing.assert_array_equal(batch.where, batch.mask & (np.cumsum(batch.mask, axis=1) - 1 >= first))
+    assert batch.mask.sum(1).tolist() == [10, 10, 11, 14]
 
 
 def test_without_factor_or_concept_the_base_lm_answers() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from rich.console import Console
@@ -23,10 +22,11 @@ from hypersteer_jax.config import RECIPES, ConfigError, LMConfig, RunConfig, che
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.prompts import Prompter
 from hypersteer_jax.data.sources import TrainData, load_base, load_data
+from hypersteer_jax.decoding import Concepts, Decoding, GenerationBatch, generate
 from hypersteer_jax.evaluation.compare_report import Comparison, Form, Text, write_report
 from hypersteer_jax.evaluation.golden import FORWARD, Row, relative_error
 from hypersteer_jax.evaluation.speed import alone, baseline_alone, ours_alone, time_steps
-from hypersteer_jax.generation import decode, left_pad
+from hypersteer_jax.generation import left_pad
 from hypersteer_jax.models.hypernet import Hypernet
 from hypersteer_jax.models.lm import LM
 from hypersteer_jax.pytorch_baseline.generation import greedy
@@ -210,17 +210,17 @@ def greedy_texts(sides: Sides, hypernet: Hypernet, data: TrainData, prompter: Pr
             prompts.append(batch.tokens[row][: batch.context_mask.shape[1]][batch.context_mask[row]])
             concepts.append(batch.concept_tokens[row][batch.concept_mask[row]])
     end = -1 if prompter.end_id is None else prompter.end_id
-    tokens, mask = map(jnp.asarray, left_pad(prompts, prompter.pad_id))
-    concept_tokens, concept_mask = map(jnp.asarray, left_pad(concepts, prompter.pad_id))
-    where = mask & (jnp.cumsum(mask, axis=1) > prompter.prefix)
-    context = our_context(sides.lm, tokens, mask, sides.config.steering)
-    vector = hypernet(concept_tokens, concept_mask, context, mask, sides.lm.embedding[...])
-    rows = len(prompts)
-    run = jax.jit(partial(decode, config=sides.config.steering, max_new=MAX_NEW, temperature=0.0, end_id=end))
-    new, kept = run(sides.lm, tokens, mask, where, vector, jnp.ones(rows), jnp.zeros(rows, jnp.uint32))
+    tokens, mask = left_pad(prompts, prompter.pad_id)
+    concept_tokens, concept_mask = left_pad(concepts, prompter.pad_id)
+    rows, factor = np.arange(len(prompts)), np.ones(len(prompts), np.float32)
+    read = Concepts(hypernet, concept_tokens, concept_mask, prompt=rows, pair=rows, factor=factor)
+    where = mask & (np.cumsum(mask, axis=1) > prompter.prefix)
+    together = GenerationBatch(tokens, mask, where, prompt=rows, seed=np.zeros(len(rows), np.uint32), steering=read)
+    state = generate(sides.lm, together, MAX_NEW, sides.config.steering, Decoding(MAX_NEW), (end,))
+    new, kept = np.asarray(state.new), np.asarray(state.kept)
     texts = []
-    for row in range(rows):
-        ours = np.asarray(new)[row][np.asarray(kept)[row]].tolist()
+    for row in range(len(prompts)):
+        ours = new[row][kept[row]].tolist()
         prompt, concept = prompts[row].tolist(), concepts[row].tolist()
         pads = concept_tokens.shape[1] - len(concept)
         theirs = greedy(sides.baseline, prompt, concept, pads, prompter.prefix, MAX_NEW, end)

@@ -33,7 +33,7 @@ from hypersteer_jax.models.attention import (
     rope_frequencies,
     row_mask,
 )
-from hypersteer_jax.sharding import batch_spec, gather, gather_vocabulary, look_up
+from hypersteer_jax.sharding import batch_spec, cache_spec, gather, gather_vocabulary, look_up, take
 
 INIT_STD = 0.02  # of every random weight matrix; Gemma's and the release's `initializer_range`
 
@@ -290,12 +290,12 @@ def ranks(segments: Segments) -> Int[Array, "B T"]:
 
 def empty_cache(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
     """A cache for `slots` tokens per row, nothing written yet."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    shape, rows, heads = (config.layers, batch, slots, config.kv_heads, config.head_dim), batch_spec(), cache_spec()
     return KVCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
-        positions=jnp.zeros((batch, slots), jnp.int32),
-        valid=jnp.zeros((batch, slots), bool),
+        k=jnp.zeros(shape, dtype, out_sharding=heads),
+        v=jnp.zeros(shape, dtype, out_sharding=heads),
+        positions=jnp.zeros((batch, slots), jnp.int32, out_sharding=rows),
+        valid=jnp.zeros((batch, slots), bool, out_sharding=rows),
         length=jnp.zeros((), jnp.int32),
     )
 
@@ -314,6 +314,19 @@ def reserve(cache: KVCache, mask: Bool[Array, "B T"]) -> tuple[KVCache, Int[Arra
         length=cache.length + mask.shape[1],
     )
     return opened, positions
+
+
+def spread(cache: KVCache, rows: Int[Array, " B"], layers: int, slots: int) -> KVCache:
+    """A cache of these rows of `cache`, in any order and number, with room for `layers` blocks and `slots` tokens."""
+
+    def heads(x: Float[Array, "l U s K H"]) -> Float[Array, "L B S K H"]:
+        room = ((0, layers - x.shape[0]), (0, 0), (0, slots - x.shape[2]), (0, 0), (0, 0))
+        return jnp.pad(x.at[:, rows].get(out_sharding=cache_spec()), room)
+
+    def tokens(x: Array) -> Array:
+        return jnp.pad(take(x, rows), ((0, 0), (0, slots - x.shape[1])))
+
+    return KVCache(heads(cache.k), heads(cache.v), tokens(cache.positions), tokens(cache.valid), cache.length)
 
 
 def cast(module: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
