@@ -82,6 +82,7 @@ setup(
             "data/tinyworld/lm/*",
             "data/axbench/*.jsonl",
             "evaluation/*.toml",
+            "evaluation/*.jsonl",
         ]
     },
     install_requires=CORE,
