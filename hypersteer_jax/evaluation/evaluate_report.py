@@ -40,13 +40,18 @@ def print_scores(path: Path, console: Console | None = None) -> None:
     """The scores of one evaluation at a terminal."""
     console = console or Console()
     evaluation = read_evaluation(path)
+    judges = " and ".join(dict.fromkeys(group.judge for group in evaluation.groups.values()))
+    table = Table(title=f"Score, 0 to 2 (95 % interval over concepts); judge: {judges}")
+    table.add_column("")
+    lines = {}
     for name, group in evaluation.groups.items():
-        table = Table(title=f"{name}: {len(group.concepts)} concepts, rated by {group.judge}")
-        for place, column in enumerate(HEAD):
-            table.add_column(column, justify="right" if place else "left")
-        for cells in _rows(evaluation, group):
-            table.add_row(*cells, style="bold" if cells[0] == CHOSEN else None)
-        console.print(table)
+        table.add_column(f"{name}\n{len(group.concepts)} concepts", justify="right")
+        lines[name] = measure(group, evaluation.fixed_factor)
+    for method in next(iter(lines.values())):
+        cells = [_with_interval(line[method].score) for line in lines.values()]
+        table.add_row(method, *cells, style="bold" if method == CHOSEN else None)
+    console.print(table)
+    console.print(_failed(evaluation), highlight=False)
     console.print(f"a page with pictures and texts: hypersteer report {path} --out FOLDER", soft_wrap=True)
 
 
@@ -162,9 +167,9 @@ def _failed(evaluation: Evaluation) -> str:
     }
     failed, whole = (sum(column) for column in zip(*total.values(), strict=True))
     if not failed:
-        return f"None of {whole:,} ratings failed."
+        return f"None of the {whole:,} ratings failed."
     which = ", ".join(f"{method} {bad:,} of {count:,}" for method, (bad, count) in total.items() if bad)
-    return f"**{failed:,} of {whole:,} ratings failed** and their texts have no score: {which}."
+    return f"{failed:,} of {whole:,} ratings failed, and their texts have no score: {which}."
 
 
 def _compared(evaluations: Sequence[Evaluation]) -> list[str]:

@@ -136,7 +136,8 @@ def chosen_factors(group: Group) -> Int[np.ndarray, " C"]:
 
 def at(values: Float[np.ndarray, "... C I F"], factor: Int[np.ndarray, " C"]) -> Float[np.ndarray, "... C I"]:
     """Values at each concept's factor."""
-    return np.take_along_axis(values, factor[:, None, None], axis=-1)[..., 0]
+    concepts, instructions = np.indices(values.shape[-3:-1], sparse=True)
+    return values[..., concepts, instructions, factor[:, None]]
 
 
 def measure(group: Group, fixed_factor: float) -> dict[str, Line]:
