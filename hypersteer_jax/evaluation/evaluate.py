@@ -78,12 +78,12 @@ def evaluate(run: Path, config: EvaluateConfig, preview: bool = False, console: 
         console.print(_outlook(config, cases, parts, missing, out, judge, cache), highlight=False, soft_wrap=True)
         if preview:
             return out
-        out.mkdir(parents=True, exist_ok=True)
-        write_record(out, record)
         if missing:
             model, loaded = load_run_at(run)
             if loaded != step:
                 raise ConfigError(f"{run}: the checkpoint of step {step} is damaged; move it away to evaluate {loaded}")
+            out.mkdir(parents=True, exist_ok=True)
+            write_record(out, record)
             for group, number, part, path in track(missing, "generating", console=console):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_parquet(write_part(model, group, number, part, config), path)

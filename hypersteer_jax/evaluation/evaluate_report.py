@@ -113,8 +113,8 @@ def _markdown(evaluations: Sequence[Evaluation]) -> str:
         "",
         "## Texts",
         "",
-        "At the chosen factor, on the scoring half; which of equally good and equally bad ones is shown is drawn by "
-        "lot.",
+        "At the chosen factor, on the scoring half, at most one of a concept; among equally good or bad ones the "
+        "lot decides.",
         "",
     ]
     for evaluation in evaluations:
@@ -200,9 +200,11 @@ def _texts(title: str, group: Group) -> list[str]:
     ]
     scored = [found for found in scored if not np.isnan(found[0])]
     random.Random(0).shuffle(scored)
-    scored.sort(key=lambda found: -found[0])
+    ascending = sorted(scored, key=lambda found: found[0])  # keeps the drawn order of equals
     lines = []
-    for label, few in (("best", scored[:SHOWN]), ("worst", scored[SHOWN:][-SHOWN:])):
+    for label, ordered in (("best", ascending[::-1]), ("worst", ascending)):
+        first = {c: (score, c, i) for score, c, i in reversed(ordered)}  # of each concept
+        few = [found for found in ordered if found == first[found[1]]][:SHOWN]
         lines += [f"### {title}: {label}", ""]
         for score, c, i in few:
             values = ratings.rating[1:, c, i, factor[c]]
@@ -224,13 +226,13 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(text.split()))
 
 
-def _panels(evaluations: Sequence[Evaluation]) -> tuple[Any, dict[tuple[int, str], Any]]:
+def _panels(evaluations: Sequence[Evaluation], width: float) -> tuple[Any, dict[tuple[int, str], Any]]:
     """A figure with a row for each evaluation and a column for each group, and its axes by both."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.groups))
-    figure = Figure(figsize=(4.6 * len(groups) + 1.4, 3.5 * len(evaluations) + 0.3), layout="constrained")
+    figure = Figure(figsize=(width * len(groups), 3.6 * len(evaluations)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(evaluations), len(groups), squeeze=False)
     axes = {}
@@ -246,7 +248,7 @@ def _panels(evaluations: Sequence[Evaluation]) -> tuple[Any, dict[tuple[int, str
 
 
 def _plot_factors(evaluations: Sequence[Evaluation], path: Path) -> None:
-    figure, axes = _panels(evaluations)
+    figure, axes = _panels(evaluations, 5.2)
     for (row, name), axis in axes.items():
         group = evaluations[row].groups[name]
         steered, base = group.methods[HYPERSTEER].rating, group.methods[UNSTEERED].rating[..., :1]
@@ -266,7 +268,7 @@ def _plot_factors(evaluations: Sequence[Evaluation], path: Path) -> None:
 
 
 def _plot_concepts(evaluations: Sequence[Evaluation], path: Path) -> None:
-    figure, axes = _panels(evaluations)
+    figure, axes = _panels(evaluations, 3.8)
     for (row, name), axis in axes.items():
         scores = scores_by_concept(evaluations[row].groups[name], evaluations[row].fixed_factor)
         moved = np.random.default_rng(0).uniform(-0.03, 0.03, (2, len(scores[CHOSEN])))

@@ -136,7 +136,7 @@ def chosen_factors(group: Group) -> Int[np.ndarray, " C"]:
 
 def at(values: Float[np.ndarray, "... C I F"], factor: Int[np.ndarray, " C"]) -> Float[np.ndarray, "... C I"]:
     """Values at each concept's factor."""
-    concepts, instructions = np.indices(values.shape[-3:-1], sparse=True)
+    concepts, instructions = np.arange(len(factor))[:, None], np.arange(values.shape[-2])
     return values[..., concepts, instructions, factor[:, None]]
 
 
