@@ -83,6 +83,7 @@ setup(
             "data/tinyworld/lm/*",
             "data/axbench/*.jsonl",
             "evaluation/*.toml",
+            "evaluation/*.jsonl",
         ]
     },
     install_requires=CORE,

@@ -18,8 +18,7 @@ from jaxtyping import Float
 
 from hypersteer_jax.evaluation.cache import Cache
 from hypersteer_jax.evaluation.judges import Item, Judgement, replay_judge, run_judge
-from hypersteer_jax.evaluation.protocol import interval
-from hypersteer_jax.evaluation.scores import choose_factors, mean
+from hypersteer_jax.evaluation.scores import choose_factors, interval, mean
 
 FOLDERS = {
     "lsreft_addition": "layer_20_concise/lsreft_addition",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from hypersteer_jax.config import RECIPES, ConfigError, JudgeConfig, RunConfig
+from hypersteer_jax.config import RECIPES, ConfigError, EvaluateConfig, JudgeConfig, RunConfig
 
 if TYPE_CHECKING:
     Recipe = RunConfig
@@ -305,6 +305,40 @@ def judge(
     from hypersteer_jax.evaluation.judge_file import judge_file
 
     judge_file(source, out, config, preview)
+
+
+@app.command(name="evaluate")
+def evaluate(
+    run: Annotated[Path, tyro.conf.Positional],
+    config: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
+    preview: bool = False,
+) -> None:
+    """Score a run as AxBench does, held-in and held-out, beside prompting and controls; a killed one goes on.
+
+    Args:
+        run: folder of a training run; its newest checkpoint is taken.
+        config: what is asked, and who rates.
+        preview: say what there is to do and what it would cost, and stop.
+    """
+    from hypersteer_jax.evaluation.evaluate import evaluate
+    from hypersteer_jax.evaluation.evaluate_report import print_scores
+
+    out = evaluate(run, config, preview)
+    if not preview:
+        print_scores(out)
+
+
+@app.command(name="report")
+def report(evaluations: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path) -> None:
+    """Make one page of any number of evaluations: tables, curves, concepts, best and worst texts, differences.
+
+    Args:
+        evaluations: folders of evaluated runs, or of evaluations.
+        out: folder for report.md, its pictures, and report.json; an earlier report in it is replaced.
+    """
+    from hypersteer_jax.evaluation.evaluate_report import write_report
+
+    write_report(evaluations, out)
 
 
 def main() -> None:

@@ -183,6 +183,27 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """What a run is asked, and who rates its texts (see `evaluation/evaluate.py`). Defaults: AxBench."""
+
+    out: Path | None = None  # folder of the evaluation; None: RUN/evaluation
+    held_in: str | None = None  # list of concepts, by name or file; None: the tiny world's, for a run on it
+    held_out: str | None = None  # the same, never trained on
+    concepts: int | None = None  # of each group, the first of its list; None: all (the tiny world: 200)
+    instructions: Path | None = None  # JSON or JSON lines with `instruction`, such as AlpacaEval's; None: 332 free ones
+    per_concept: int = 10  # instructions a concept; the first half chooses its factor, the second scores it
+    factors: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0)
+    fine: bool = False  # also 0.7 to 1.5 in steps of 0.05: a vector trained at 1 turns there
+    fixed_factor: float = 1.0  # one of the factors, the same for all concepts; of the controls, too
+    max_new: int = 128  # tokens
+    temperature: float = 1.0
+    batch: int = 64  # texts generated together
+    seed: int = 0  # of the texts and of the controls' prompts
+    part: int = 4  # concepts whose texts are written together: what a kill loses at most
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 

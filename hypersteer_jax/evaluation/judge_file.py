@@ -1,6 +1,7 @@
 """From settings to a judge, and from a file of texts to a file of ratings (`hypersteer judge`)."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ from hypersteer_jax.data.tinyworld.judge import load_bounds
 from hypersteer_jax.evaluation.cache import Cache
 from hypersteer_jax.evaluation.judges import (
     PAPER_MODEL,
+    Item,
     Judge,
     endpoint_judge,
     load_rubric,
@@ -112,13 +114,31 @@ def judge_file(source: Path, out: Path, config: JudgeConfig, preview: bool = Fal
     """
     table, items = read_texts(source)
     judge = make_judge(config)
-    every = [item for rows in items.values() for item in rows]
     with Cache(config.cache) as cache:
         if preview:
+            every = [item for rows in items.values() for item in rows]
             asks = make_plan(judge, every, cache, config.retry_failures).asks
             print(f"{judge.name}: {judge.preview(list(asks.values()))}")
-            return
-        judgements = iter(run_judge(judge, every, cache, config.retry_failures, print))
+        else:
+            rate_texts(table, items, out, judge, cache, config.retry_failures, print)
+
+
+def rate_texts(
+    table: pa.Table,
+    items: dict[str, list[Item]],
+    out: Path,
+    judge: Judge,
+    cache: Cache,
+    retry_failures: bool,
+    say: Callable[[str], None],
+) -> None:
+    """What `judge_file` does with what `read_texts` gives; the judge's name is in the new file's metadata as `judge`.
+
+    Raises:
+        ConfigError: it would cost too much.
+    """
+    every = [item for rows in items.values() for item in rows]
+    judgements = iter(run_judge(judge, every, cache, retry_failures, say))
     for method, rows in items.items():
         judged = [next(judgements) for _ in rows]
         columns = dict(zip(rating_columns(method), zip(*judged, strict=True), strict=True))
@@ -127,6 +147,11 @@ def judge_file(source: Path, out: Path, config: JudgeConfig, preview: bool = Fal
             if name in table.column_names:
                 table = table.drop_columns([name])
             table = table.append_column(name, pa.array(values, pa.float64()))
-    part = out.with_name(out.name + ".part")
+    write_parquet(table.replace_schema_metadata({"judge": judge.name}), out)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Writes a file that is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
     pq.write_table(table, part)
-    os.replace(part, out)
+    os.replace(part, path)

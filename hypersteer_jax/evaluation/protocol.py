@@ -1,4 +1,4 @@
-"""AxBench's steering protocol on the tiny world: trials, texts, ratings, scores with intervals.
+"""AxBench's steering protocol in short, on the tiny world, for a run of minutes: trials, texts, ratings, scores.
 
 Every concept meets a few instructions. Half of them choose the factor, the other half score it (AxBench).
 Always beside HyperSteer: the unsteered base LM, prompting (the steering prompt put into the instruction, no steering),
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from hypersteer_jax.data.tinyworld.judge import Judgement, judge, load_bounds
 from hypersteer_jax.data.tinyworld.world import (
     Concept,
+    Kind,
     Subject,
     concepts,
     instruction,
@@ -24,15 +25,16 @@ from hypersteer_jax.data.tinyworld.world import (
     scoring_subjects,
     steering_prompt,
 )
+from hypersteer_jax.evaluation.scores import Score, interval
 from hypersteer_jax.generation import Decoding, Request, Steered, complete
 
 Group = Literal["held-in", "unseen topics", "unseen pairs", "unseen phrasings"]
+KINDS: tuple[Kind, ...] = ("topic", "manner", "pair")
 GROUPS: tuple[Group, ...] = ("held-in", "unseen topics", "unseen pairs", "unseen phrasings")
 UNSTEERED, PROMPTING, WRONG_PROMPT = "unsteered", "prompting", "wrong prompt"
 HYPERSTEER_CHOSEN, HYPERSTEER_ONE = "HyperSteer, chosen factor", "HyperSteer, factor 1"
 FACTORS = (0.75, 1.0, 1.25, 1.5, 2.0)
 DECODING = Decoding(max_new=48, temperature=1.0)  # AxBench's temperature; answers have at most 40 tokens
-RESAMPLES = 2000  # of the bootstrap
 
 
 class Trial(NamedTuple):
@@ -54,34 +56,41 @@ def make_trials(per_group: int, instructions: int, seed: int = 0) -> list[Trial]
     "held-in" and "unseen phrasings" are mixtures of topics, manners and pairs of the training set, half of them topics.
     """
     world, rng = load_world(), random.Random(seed)
-    kinds = {kind: concepts(world, kind, "train") for kind in ("topic", "manner", "pair")}
-
-    def mixture() -> list[Concept]:
-        counts = {"topic": per_group // 2, "manner": per_group // 8}
-        counts["pair"] = per_group - sum(counts.values())
-        return [c for kind, count in counts.items() for c in rng.sample(kinds[kind], min(count, len(kinds[kind])))]
+    kinds = {kind: concepts(world, kind, "train") for kind in KINDS}
 
     def sample(pool: list[Concept]) -> list[Concept]:
         return rng.sample(pool, min(per_group, len(pool)))
 
     chosen: dict[Group, list[Concept]] = {
-        "held-in": mixture(),
+        "held-in": mixture(kinds, per_group, rng),
         "unseen topics": sample(concepts(world, "topic", "held_out")),
         "unseen pairs": sample(concepts(world, "pair", "held_out")),
-        "unseen phrasings": mixture(),
+        "unseen phrasings": mixture(kinds, per_group, rng),
     }
     trials: list[Trial] = []
     for group, members in chosen.items():
         phrasings: Literal["held_out", "known"] = "held_out" if group == "unseen phrasings" else "known"
         for concept in members:
-            others = [c for c in kinds[concept.kind] if not set(c) & set(concept) - {None}]
-            text, wrong = (steering_prompt(c, rng, phrasings) for c in (concept, rng.choice(others)))
+            other = rng.choice(unrelated(concept, kinds[concept.kind]))
+            text, wrong = (steering_prompt(c, rng, phrasings) for c in (concept, other))
             subjects = scoring_subjects(world, concept)
             for subject in rng.sample(subjects, min(instructions, len(subjects))):
                 prompt = instruction(subject, rng)
                 asked = prompted(prompt, text, rng)
                 trials.append(Trial(group, concept, subject, text, wrong, prompt, asked, len(trials)))
     return trials
+
+
+def mixture(pools: dict[Kind, list[Concept]], count: int, rng: random.Random) -> list[Concept]:
+    """`count` concepts, or all there are: half of them topics, an eighth manners, the rest pairs, as in training."""
+    counts: dict[Kind, int] = {"topic": count // 2, "manner": count // 8}
+    counts["pair"] = count - sum(counts.values())
+    return [c for kind, n in counts.items() for c in rng.sample(pools[kind], min(n, len(pools[kind])))]
+
+
+def unrelated(concept: Concept, pool: list[Concept]) -> list[Concept]:
+    """Those of the pool that share neither topic nor manner with the concept."""
+    return [other for other in pool if not set(other) & set(concept) - {None}]
 
 
 class Results(NamedTuple):
@@ -122,15 +131,6 @@ def run_trials(
     return Results(trials, texts, judgements)
 
 
-class Score(NamedTuple):
-    """Mean over concepts with a 95 % bootstrap interval over concepts, on the 0 to 2 scale."""
-
-    mean: float
-    low: float
-    high: float
-    concepts: int
-
-
 def summarise(results: Results, factors: Sequence[float] = FACTORS, seed: int = 0) -> dict[Group, dict[str, Score]]:
     """Scores by group and method, all on the scoring half of the instructions."""
     summary: dict[Group, dict[str, Score]] = {}
@@ -169,10 +169,3 @@ def _halves(trials: list[Trial], rows: list[int]) -> tuple[Int[np.ndarray, " R"]
         seen[key] = seen.get(key, 0) + 1
         scoring.append(seen[key] % 2 == 0)
     return np.array([number[key] for key in keys]), np.array(scoring)
-
-
-def interval(values: Float[np.ndarray, " concepts"], seed: int = 0) -> Score:
-    """Mean and 95 % percentile bootstrap interval, resampling concepts."""
-    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
-    return Score(float(values.mean()), float(low), float(high), len(values))

@@ -18,9 +18,9 @@ from hypersteer_jax.evaluation.protocol import (
     WRONG_PROMPT,
     Group,
     Results,
-    Score,
     factor_name,
 )
+from hypersteer_jax.evaluation.scores import Score
 
 METHODS = (UNSTEERED, WRONG_PROMPT, PROMPTING, HYPERSTEER_CHOSEN, HYPERSTEER_ONE)
 COLOURS = {"score": "#222222", "concept": "#0072b2", "instruction": "#d55e00", "fluency": "#009e73"}

@@ -14,6 +14,25 @@ from jaxtyping import Float, Int
 RESAMPLES = 2000  # of the bootstrap
 
 
+class Score(NamedTuple):
+    """Mean over concepts with a 95 % bootstrap interval over concepts; of no concept NaN."""
+
+    mean: float
+    low: float
+    high: float
+    concepts: int
+
+
+def interval(values: Float[np.ndarray, " C"], seed: int = 0) -> Score:
+    """Mean and 95 % percentile bootstrap interval, resampling concepts; those with NaN are left out."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return Score(np.nan, np.nan, np.nan, 0)
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return Score(float(values.mean()), float(low), float(high), len(values))
+
+
 class Chosen(NamedTuple):
     """What choosing each concept's factor on half of its instructions gives."""
 
@@ -22,15 +41,18 @@ class Chosen(NamedTuple):
     score: Float[np.ndarray, " C"]  # score on the other half
 
 
+def choosing(instructions: int) -> int:
+    """How many of a concept's instructions, the first ones, choose its factor; of an odd number the larger half."""
+    return instructions - round(instructions * 0.5)
+
+
 def choose_factors(scores: Float[np.ndarray, "C I F"]) -> Chosen:
     """AxBench's choice (`evaluate.py`): the first half of the instructions choose, ties go to the smallest factor.
-
-    With an odd number of instructions the larger half chooses.
 
     Args:
         scores: harmonic means, 0 to 2, factors in ascending order.
     """
-    half = scores.shape[1] - round(scores.shape[1] * 0.5)
+    half = choosing(scores.shape[1])
     selection, scoring = mean(scores[:, :half], axis=1), mean(scores[:, half:], axis=1)
     factor = np.argmax(np.where(np.isnan(selection), -np.inf, selection), axis=1)
     rows = np.arange(len(scores))

@@ -186,10 +186,10 @@ def load_run(run: Path) -> Steered:
     Raises:
         CheckpointError: there is no run or no checkpoint in this folder.
     """
-    return _load_run(run)[0]
+    return load_run_at(run)[0]
 
 
-def _load_run(run: Path) -> tuple[Steered, int]:
+def load_run_at(run: Path) -> tuple[Steered, int]:
     """The steered model of a run, and after how many steps."""
     config = checkpoint.read_config(run)
     lm, prompter = load_base(config.lm, config.train.compute_dtype)
@@ -221,7 +221,7 @@ def convert(source: Path, target: Path, lm: str | None, layer: int, console: Con
     """
     console = console or Console()
     if (source / "checkpoints").is_dir():
-        model, step = _load_run(source)
+        model, step = load_run_at(source)
         check_expressible(model.config, model.lm.config)
         regression = model.config.hypernet.variant == "no_context"
         write = write_regression if regression else write_release

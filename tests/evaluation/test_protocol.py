@@ -1,6 +1,3 @@
-import numpy as np
-import pytest
-
 from hypersteer_jax.data.tinyworld.judge import Judgement
 from hypersteer_jax.data.tinyworld.world import Concept, in_corpus, split_of
 from hypersteer_jax.evaluation.protocol import (
@@ -10,7 +7,6 @@ from hypersteer_jax.evaluation.protocol import (
     UNSTEERED,
     Results,
     factor_name,
-    interval,
     make_trials,
     summarise,
 )
@@ -64,16 +60,6 @@ def test_the_factor_is_chosen_on_one_half_and_scored_on_the_other():
 def test_ties_go_to_the_smallest_factor():
     summary = summarise(made_up(chosen_on_selection=-1.0), (2.0, 0.5, 1.0))["held-in"]  # all BAD where it is chosen
     assert summary[HYPERSTEER_CHOSEN].mean == 1.0
-
-
-def test_interval_is_that_of_a_mean():
-    values = np.random.default_rng(0).normal(1.0, 0.5, 400)
-    score = interval(values)
-    assert score.mean == pytest.approx(values.mean())
-    half = 1.96 * values.std() / 20
-    assert score.low == pytest.approx(values.mean() - half, abs=0.01)
-    assert score.high == pytest.approx(values.mean() + half, abs=0.01)
-    assert interval(np.ones(5)) == (1.0, 1.0, 1.0, 5)
 
 
 def test_report_is_written(tmp_path):

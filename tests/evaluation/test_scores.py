@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hypersteer_jax.evaluation.scores import choose_factors, clustered_interval, mean, spearman
+from hypersteer_jax.evaluation.scores import choose_factors, clustered_interval, interval, mean, spearman
 
 
 def test_the_first_half_chooses_and_the_second_scores() -> None:
@@ -48,3 +48,15 @@ def test_interval_is_wider_when_rows_of_a_concept_agree() -> None:
     assert high - low == pytest.approx(2 * 1.96 * own.std() / 1000**0.5, rel=0.3)
     low, high = clustered_interval(lambda rows: shared[rows].mean(), concept)
     assert high - low == pytest.approx(2 * 1.96 * shared.std() / 20**0.5, rel=0.1)
+
+
+def test_interval_is_that_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(1.0, 0.5, 400)
+    score = interval(values)
+    assert score.mean == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 20
+    assert score.low == pytest.approx(values.mean() - half, abs=0.01)
+    assert score.high == pytest.approx(values.mean() + half, abs=0.01)
+    assert interval(np.ones(5)) == (1.0, 1.0, 1.0, 5)
+    assert interval(np.array([np.nan, 1.0, np.nan])) == (1.0, 1.0, 1.0, 1)
+    assert np.isnan(interval(np.array([np.nan])).mean)

@@ -239,6 +239,17 @@ def scoring_subjects(world: World, concept: Concept) -> list[Subject]:
     return steering_subjects(world, concept)[::4]
 
 
+def steering_concepts(seed: int, max_concepts: int | None, held_out: bool) -> dict[Kind, list[Concept]]:
+    """Concepts of `training_examples` with these arguments, by kind."""
+    world = load_world()
+    split: Split = "held_out" if held_out else "train"
+    kinds: tuple[Kind, ...] = ("topic", "pair") if held_out else ("topic", "manner", "pair")
+    pools = {kind: concepts(world, kind, split) for kind in kinds}
+    if max_concepts is None:
+        return pools
+    return {kind: random.Random(seed).sample(pool, min(max_concepts, len(pool))) for kind, pool in pools.items()}
+
+
 def training_examples(
     count: int, seed: int = 0, max_concepts: int | None = None, held_out: bool = False
 ) -> list[SteeringExample]:
@@ -251,13 +262,9 @@ def training_examples(
         held_out: examples of held-out topics and pairs instead, for a held-out loss.
     """
     world, rng = load_world(), random.Random(seed)
-    split: Split = "held_out" if held_out else "train"
-    kinds: tuple[Kind, ...] = ("topic", "pair") if held_out else ("topic", "manner", "pair")
-    pools = {kind: concepts(world, kind, split) for kind in kinds}
-    if max_concepts is not None:
-        pools = {kind: random.Random(seed).sample(pool, min(max_concepts, len(pool))) for kind, pool in pools.items()}
+    pools = steering_concepts(seed, max_concepts, held_out)
     examples = []
-    for kind in rng.choices(kinds, (4, 4) if held_out else (4, 1, 3), k=count):
+    for kind in rng.choices(list(pools), (4, 4) if held_out else (4, 1, 3), k=count):
         concept = rng.choice(pools[kind])
         scoring = set(scoring_subjects(world, concept))
         subject = rng.choice([s for s in steering_subjects(world, concept) if held_out or s not in scoring])
