@@ -38,7 +38,7 @@ from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.pipeline import Bucket
 from hypersteer_jax.data.prompts import Prompter, load_tokenizer
 from hypersteer_jax.data.sources import TINYWORLD, base_shape, load_base, load_data
-from hypersteer_jax.generation import Decoding, _forward
+from hypersteer_jax.decoding import Decoding, Vectors, forward
 from hypersteer_jax.hlo import Traffic, read_traffic
 from hypersteer_jax.models.lm import LM, KVCache, cast, empty_cache
 from hypersteer_jax.models.presets import PRESETS
@@ -480,7 +480,7 @@ def lower_decode(config: RunConfig, lm: LMConfig, rows: int, slots: int, mesh: M
     def one_token(
         lm: LM, cache: KVCache, token: Array, alive: Array, vector: Array, factor: Array
     ) -> tuple[Array, KVCache]:
-        logits, cache = _forward(lm, cache, token, alive, alive, vector, factor, config.steering, None)
+        logits, cache = forward(lm, cache, token, alive, alive, Vectors(vector, factor), config.steering)
         return jnp.argmax(logits, axis=-1), cache
 
     def given(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
