@@ -24,7 +24,8 @@ def test_help_imports_no_jax():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("quickstart", "train", "steer", "convert", "check-golden", "compare", "goodput", "data", "judge"):
+    named = "quickstart train steer convert check-golden compare goodput data judge evaluate report"
+    for command in named.split():
         assert command in out
 
 
@@ -58,6 +59,8 @@ def test_an_unknown_recipe_lists_the_known_ones(monkeypatch, capsys):
         (["train", "tinyworld", "--train.attention", "splash", "--out", "x"], "train.attention is splash"),
         (["train", "tinyworld", "--out", "x", "--resume"], "no run is stored here"),
         (["judge", "nowhere.parquet", "--out", "x", "--kind", "rules"], "nowhere.parquet cannot be read"),
+        (["evaluate", "nowhere", "--out", "x"], "no run is stored here"),
+        (["report", "nowhere", "--out", "x"], "no evaluation.json here"),
     ],
 )
 def test_what_the_user_can_mend_is_one_message(monkeypatch, capsys, tmp_path, words, message):
