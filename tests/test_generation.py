@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from hypersteer_jax.config import HypernetConfig, RunConfig, SelectionConfig, SteeringConfig
+from hypersteer_jax.config import ConfigError, HypernetConfig, RunConfig, SelectionConfig, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.prompts import Prompter
-from hypersteer_jax.generation import Decoding, Request, Steered, complete, left_pad, make_batches
-from hypersteer_jax.models.lm import LM
+from hypersteer_jax.decoding import Decoding, candidates, generate
+from hypersteer_jax.generation import Request, Steered, complete, left_pad, make_batches, stream
+from hypersteer_jax.models.lm import LM, cast
+from hypersteer_jax.sharding import make_mesh, shard_weights
 from hypersteer_jax.steering import steered_logits
 from tests.conftest import random_hypernet
 from tests.data.test_prompts import IDS, VOCABULARY, tokenizer
@@ -167,6 +170,116 @@ def test_samples_differ_by_seed_only() -> None:
     assert texts[0] == texts[1]
     assert len(set(texts)) == 3
     assert complete(MODEL, [Request("say hello", "sea", 1.0)], GREEDY)[0] not in texts
+
+
+FACTORS = (0.2, -0.4, 0.7)
+SWEEP = [
+    Request(prompt, concept, factor, seed=index)
+    for index, (prompt, concept, factor) in enumerate(
+        itertools.product(("say hello", "a b c d a"), ("sea", "b c d hello a"), FACTORS)
+    )
+]
+
+
+@pytest.mark.parametrize("context", ["entering", "leaving"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_rows_share_changes_no_text(context: str, temperature: float) -> None:
+    model, decoding = steered(context=context), GREEDY._replace(temperature=temperature)
+    together = complete(model, SWEEP, decoding._replace(batch=12))
+    assert len(set(together)) > 8
+    assert together == [text for request in SWEEP for text in complete(model, [request], decoding._replace(batch=1))]
+
+
+def test_prompts_are_read_and_vectors_written_once() -> None:
+    [(rows, batch)] = make_batches(MODEL, SWEEP, 12)
+    assert sorted(rows) == list(range(12))
+    assert len(batch.tokens) == 2  # base prompts
+    assert len(batch.steering.tokens) == 4  # pairs, whatever the number of factors
+    for row, request in enumerate(SWEEP[index] for index in rows):
+        pair = batch.steering.pair[row]
+        [prompt] = MODEL.prompter.prompt_tokens([request.prompt])
+        [concept] = MODEL.prompter.concept_tokens([request.steering_prompt])
+        of_row, of_pair = batch.prompt[row], batch.steering.prompt[pair]
+        assert batch.tokens[of_row][batch.mask[of_row]].tolist() == prompt.tolist()
+        assert of_pair == of_row
+        assert batch.steering.tokens[pair][batch.steering.mask[pair]].tolist() == concept.tolist()
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_devices_share_the_rows(axes: dict[str, int]) -> None:
+    decoding = GREEDY._replace(batch=12)
+    alone = complete(MODEL, SWEEP, decoding)
+    mesh = make_mesh(**axes)
+    with jax.set_mesh(mesh):
+        model = MODEL._replace(lm=shard_weights(MODEL.lm, mesh), hypernet=shard_weights(MODEL.hypernet, mesh))
+        assert complete(model, SWEEP, decoding) == alone
+
+
+@pytest.mark.parametrize("every", [1, 3, NEW])
+def test_stream_gives_the_texts_piece_by_piece(every: int) -> None:
+    decoding = GREEDY._replace(batch=2, temperature=1.0)
+    pieces = list(stream(MODEL, REQUESTS, decoding, every))
+    texts = ["".join(piece.text for piece in pieces if piece.request == index) for index in range(len(REQUESTS))]
+    assert texts == complete(MODEL, REQUESTS, decoding)
+    for index in range(len(REQUESTS)):
+        own = [piece for piece in pieces if piece.request == index]
+        assert [piece.done for piece in own] == [False] * (len(own) - 1) + [True]
+        assert len(own) == -(-NEW // every)
+        assert all(len(piece.tokens) <= every for piece in own)
+        assert text_of([token for piece in own for token in piece.tokens]) == texts[index]
+
+
+def test_any_of_the_stop_tokens_ends_a_row(tokens: list[list[int]]) -> None:
+    stop = (tokens[0][2], tokens[1][4])
+    cut = [next((row[:at] for at, token in enumerate(row) if token in stop), row) for row in tokens]
+    assert complete(MODEL, REQUESTS, GREEDY._replace(stop=stop)) == [text_of(row) for row in cut]
+
+
+def test_candidates() -> None:
+    probabilities = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
+
+    def kept(top_k: int, top_p: float) -> list[int]:
+        return np.flatnonzero(np.isfinite(candidates(np.log(probabilities), top_k, top_p))).tolist()
+
+    assert kept(0, 1.0) == kept(9, 1.0) == [0, 1, 2, 3, 4]
+    assert kept(2, 1.0) == [1, 3]
+    assert kept(0, 0.39) == [1]
+    assert kept(0, 0.41) == kept(0, 0.69) == [1, 3]  # the fewest that reach it
+    assert kept(0, 0.71) == [1, 3, 4]
+    assert kept(2, 0.6) == [1, 3]  # after top_k the two hold 0.57 and 0.43
+    assert kept(2, 0.5) == [1]
+
+
+def test_samples_are_drawn_among_the_candidates() -> None:
+    requests = [Request("say hello", "sea", 1.0, seed) for seed in range(4)]
+    greedy = complete(MODEL, requests, GREEDY)
+    assert complete(MODEL, requests, GREEDY._replace(temperature=1.0, top_k=1)) == greedy
+    assert complete(MODEL, requests, GREEDY._replace(temperature=1.0, top_p=1e-6)) == greedy
+    assert complete(MODEL, requests, GREEDY._replace(temperature=1.0, top_p=0.9)) != greedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new": 0}, r"decoding\.max_new is 0; give at least 1"),
+        ({"temperature": -1.0}, r"decoding\.temperature is -1\.0; give 0 \(greedy\)"),
+        ({"batch": 0}, r"decoding\.batch is 0; give a multiple of 1"),
+        ({"top_k": -1}, r"decoding\.top_k is -1; give 0 \(off\)"),
+        ({"top_p": 0.0}, r"decoding\.top_p is 0\.0; give a value above 0"),
+    ],
+)
+def test_settings_that_cannot_work(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        complete(MODEL, REQUESTS, GREEDY._replace(**settings))
+
+
+def test_bfloat16() -> None:
+    model = MODEL._replace(lm=cast(BASE, jax.numpy.bfloat16))
+    texts = complete(model, REQUESTS, GREEDY)
+    assert len(set(texts)) == 4
+    [(_, batch)] = make_batches(model, REQUESTS, 4)
+    state = generate(model.lm, batch, NEW, model.config.steering, GREEDY, ())
+    assert state.cache.k.dtype == jax.numpy.bfloat16
 
 
 def test_nothing_to_do() -> None:

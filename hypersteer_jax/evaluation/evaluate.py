@@ -29,11 +29,12 @@ from rich.progress import track
 from hypersteer_jax.config import ConfigError, EvaluateConfig, RunConfig, to_dict
 from hypersteer_jax.data.sources import TINYWORLD
 from hypersteer_jax.data.tinyworld.judge import mean_nll
+from hypersteer_jax.decoding import Decoding
 from hypersteer_jax.evaluation.cache import Cache
 from hypersteer_jax.evaluation.cases import Case, Cases, make_cases
 from hypersteer_jax.evaluation.judge_file import make_judge, rate_texts, write_parquet
 from hypersteer_jax.evaluation.judges import QUESTIONS, TEXT, Ask, Item, Judge, make_plan, read_texts
-from hypersteer_jax.generation import Decoding, Request, Steered, complete
+from hypersteer_jax.generation import Request, Steered, complete
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.launch import load_run_at
 

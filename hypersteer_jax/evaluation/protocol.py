@@ -25,8 +25,9 @@ from hypersteer_jax.data.tinyworld.world import (
     scoring_subjects,
     steering_prompt,
 )
+from hypersteer_jax.decoding import Decoding
 from hypersteer_jax.evaluation.scores import Score, interval
-from hypersteer_jax.generation import Decoding, Request, Steered, complete
+from hypersteer_jax.generation import Request, Steered, complete
 
 Group = Literal["held-in", "unseen topics", "unseen pairs", "unseen phrasings"]
 KINDS: tuple[Kind, ...] = ("topic", "manner", "pair")

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from hypersteer_jax.config import ConfigError, RunConfig, SteeringConfig, check, to_dict
 from hypersteer_jax.data.sources import TrainData, base_shape, load_base, load_data
-from hypersteer_jax.generation import Decoding, Request, Steered, complete
+from hypersteer_jax.decoding import Decoding
+from hypersteer_jax.generation import Request, Steered, complete
 from hypersteer_jax.models.convert import (
     HYPERSTUFF_WEIGHTS,
     Converted,
