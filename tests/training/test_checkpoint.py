@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,10 +203,20 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 SMALL = {"weights": (64, 32), "moments": (64, 32), "bias": (7,)}
 RECORD, INDEX, ARRAYS = "_CHECKPOINT_METADATA", "state/d/*", "state/ocdbt.process_0/d/*"
+
+
 # Orbax gives up all other reads when one fails, and does not wait for them.
-abandons = pytest.mark.filterwarnings(
-    "ignore:coroutine '.*' was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What a test leaves behind is collected at its end, where its filters apply, and not during another one."""
+    yield
+    gc.collect()
+
+
+def abandons(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test at whose end coroutines of a read or write that failed are left over."""
+    ignored = "ignore:coroutine '.*' was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning"
+    return pytest.mark.usefixtures("collected")(pytest.mark.filterwarnings(*ignored)(test))
 
 
 def small(step: int, shapes: dict[str, tuple[int, ...]] = SMALL) -> dict[str, np.ndarray]:
