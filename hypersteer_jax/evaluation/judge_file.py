@@ -1,7 +1,6 @@
 """From settings to a judge, and from a file of texts to a file of ratings (`hypersteer judge`)."""
 
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -15,8 +14,8 @@ from hypersteer_jax.data.tinyworld.judge import load_bounds
 from hypersteer_jax.evaluation.cache import Cache
 from hypersteer_jax.evaluation.judges import (
     PAPER_MODEL,
-    Item,
     Judge,
+    Judgement,
     endpoint_judge,
     load_rubric,
     make_plan,
@@ -115,39 +114,29 @@ def judge_file(source: Path, out: Path, config: JudgeConfig, preview: bool = Fal
     table, items = read_texts(source)
     judge = make_judge(config)
     with Cache(config.cache) as cache:
+        every = [item for rows in items.values() for item in rows]
         if preview:
-            every = [item for rows in items.values() for item in rows]
             asks = make_plan(judge, every, cache, config.retry_failures).asks
             print(f"{judge.name}: {judge.preview(list(asks.values()))}")
-        else:
-            rate_texts(table, items, out, judge, cache, config.retry_failures, print)
+            return
+        found = iter(run_judge(judge, every, cache, config.retry_failures, print))
+    judgements = {method: [next(found) for _ in rows] for method, rows in items.items()}
+    write_parquet(with_ratings(table, judgements, judge), out)
 
 
-def rate_texts(
-    table: pa.Table,
-    items: dict[str, list[Item]],
-    out: Path,
-    judge: Judge,
-    cache: Cache,
-    retry_failures: bool,
-    say: Callable[[str], None],
-) -> None:
-    """What `judge_file` does with what `read_texts` gives; the judge's name is in the new file's metadata as `judge`.
+def with_ratings(table: pa.Table, judgements: dict[str, list[Judgement]], judge: Judge) -> pa.Table:
+    """The table with each method's ratings and their harmonic means, in AxBench's columns; what failed is null.
 
-    Raises:
-        ConfigError: it would cost too much.
+    The judge's name is in its metadata as `judge`.
     """
-    every = [item for rows in items.values() for item in rows]
-    judgements = iter(run_judge(judge, every, cache, retry_failures, say))
-    for method, rows in items.items():
-        judged = [next(judgements) for _ in rows]
+    for method, judged in judgements.items():
         columns = dict(zip(rating_columns(method), zip(*judged, strict=True), strict=True))
         columns[f"{method}_LMJudgeEvaluator"] = tuple(judgement.score for judgement in judged)
         for name, values in columns.items():
             if name in table.column_names:
                 table = table.drop_columns([name])
             table = table.append_column(name, pa.array(values, pa.float64()))
-    write_parquet(table.replace_schema_metadata({"judge": judge.name}), out)
+    return table.replace_schema_metadata({"judge": judge.name})
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

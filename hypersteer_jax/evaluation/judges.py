@@ -97,6 +97,11 @@ class Plan(NamedTuple):
     scores: dict[Key, float | None]  # known; None is a failure
     asks: dict[Key, Ask]  # not known yet
 
+    def judgements(self) -> list[Judgement]:
+        """One for each item, once nothing is left to ask."""
+        rows = range(0, len(self.keys), len(QUESTIONS))
+        return [Judgement(*(self.scores[key] for key in self.keys[row : row + len(QUESTIONS)])) for row in rows]
+
 
 def make_plan(judge: Judge, items: Sequence[Item], cache: Cache, retry_failures: bool = False) -> Plan:
     """What `run_judge` would ask; `judge.preview(list(plan.asks.values()))` says what it costs."""
@@ -123,17 +128,16 @@ def run_judge(
         retry_failures: ask again where the judge failed before.
         say: told what the run will cost before it begins, and of failures after it.
     """
-    keys, scores, open_asks = make_plan(judge, items, cache, retry_failures)
-    open_keys, asks = list(open_asks), list(open_asks.values())
-    say(f"{judge.name}: {judge.preview(asks)}; {len(set(keys)) - len(asks):,} known")
+    plan = make_plan(judge, items, cache, retry_failures)
+    open_keys, asks = list(plan.asks), list(plan.asks.values())
+    say(f"{judge.name}: {judge.preview(asks)}; {len(set(plan.keys)) - len(asks):,} known")
     for index, rating in judge.rate(asks):
         cache.put(judge.name, asks[index].question, open_keys[index], rating)
-        scores[open_keys[index]] = rating.score
-    failed = sum(scores[key] is None for key in keys)
+        plan.scores[open_keys[index]] = rating.score
+    failed = sum(plan.scores[key] is None for key in plan.keys)
     if failed:
-        say(f"{judge.name}: {failed:,} of {len(keys):,} ratings failed; their texts have no score")
-    rows = range(0, len(keys), len(QUESTIONS))
-    return [Judgement(*(scores[key] for key in keys[row : row + len(QUESTIONS)])) for row in rows]
+        say(f"{judge.name}: {failed:,} of {len(plan.keys):,} ratings failed; their texts have no score")
+    return plan.judgements()
 
 
 Rubric = dict[Question, str]

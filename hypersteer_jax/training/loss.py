@@ -50,7 +50,14 @@ def weighted_nll(
     The vocabulary may have 256,000 words, so logits are made for a few positions at a time. Where a gradient is wanted
     it is made beside them, from the same logits: they are neither kept nor made twice.
     """
-    return jnp.sum(_chunks(partial(_nll, lm, lm.unembedding()), residual, tokens, weights))
+    return jnp.sum(token_nll(lm, residual, tokens, weights))
+
+
+def token_nll(
+    lm: LM, residual: Float[Array, "S R D"], tokens: Int[Array, "S R"], weights: Float[Array, "S R"]
+) -> Float[Array, "S R"]:
+    """`weights` times negative log-likelihoods in nats, whose sum `weighted_nll` is."""
+    return _chunks(partial(_nll, lm, lm.unembedding()), residual, tokens, weights)
 
 
 def _forward(lm: LM, residual: Array, tokens: Array, weights: Array) -> tuple[Array, Array]:

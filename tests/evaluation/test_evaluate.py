@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,9 +19,10 @@ from hypersteer_jax.config import ConfigError, EvaluateConfig, HypernetConfig, J
 from hypersteer_jax.data.sources import base_shape
 from hypersteer_jax.data.splits import HELD_IN, HELD_OUT
 from hypersteer_jax.evaluation import evaluate as module
-from hypersteer_jax.evaluation.evaluate import DATA, METHODS, all_factors, evaluate
-from hypersteer_jax.evaluation.judges import read_ratings, read_texts
+from hypersteer_jax.evaluation.evaluate import DATA, METHODS, all_factors, choosing_rows, evaluate, scoring_rows
+from hypersteer_jax.evaluation.judges import Item, rating_columns, read_texts
 from hypersteer_jax.evaluation.measures import read_evaluation
+from hypersteer_jax.evaluation.scores import choose_factors
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.train import new_state
 from tests.conftest import random_hypernet
@@ -74,9 +76,34 @@ def test_texts_and_ratings_are_in_axbench_s_files(finished: Path) -> None:
             assert (texts[::2] == texts[1::2]) == (method != "HyperSteer")
             assert all(value is None or value > 1 for value in table[f"{method}_perplexity"].to_pylist())
         assert items["WrongPrompt"] != items["HyperSteer"] != items["ShuffledPrompt"] != items["Unsteered"]
-        ratings = read_ratings(finished / group / "evaluate" / DATA)
-        assert all(ratings[item].score is not None for rows in items.values() for item in rows)
         assert table["HyperSteer_strength"] == table["factor"]
+        strengths = [set(table[f"{method}_strength"].to_pylist()) for method in METHODS]
+        assert strengths == [{0.0}, {1.0}, {1.0}, {0.0}, {1.0, 2.0}]
+
+
+def test_rated_is_what_chooses_a_factor_and_what_is_scored_at_it(finished: Path) -> None:
+    for group in (HELD_IN, HELD_OUT):
+        table = pq.read_table(finished / group / "evaluate" / DATA)
+        for method in METHODS:
+            for column in rating_columns(method):
+                rating = np.array(table[column].to_pylist(), float).reshape(3, 2, 2)  # concepts, instructions, factors
+                if method == "HyperSteer":
+                    scores = np.array(table["HyperSteer_LMJudgeEvaluator"].to_pylist(), float).reshape(3, 2, 2)
+                    best = choose_factors(scores).factor
+                    np.testing.assert_array_equal(np.isnan(rating[:, 1, 1]), best == 0)  # factor 2, where 1 is chosen
+                    rating = np.delete(rating.reshape(3, 4), 3, axis=1)
+                assert np.isfinite(rating).all()
+
+
+@pytest.mark.parametrize(("fixed", "expected"), [(1.0, [3, 4, 10, 11]), (2.0, [3, 5, 11])])
+def test_places_of_what_is_scored(fixed: float, expected: list[int]) -> None:
+    """Two concepts of two instructions; 0.5, 1 and 2 are factors 0 to 2; what chooses is at 0-2 and 6-8."""
+    config = dataclasses.replace(CONFIG, factors=(1.0, 2.0, 0.5), fixed_factor=fixed)
+    items = {method: [Item("", "", "")] * 12 for method in METHODS}
+    first = choosing_rows(items, config)
+    assert first.pop("HyperSteer") == [0, 1, 2, 6, 7, 8]
+    assert set(map(tuple, first.values())) == {tuple(range(12))}
+    assert scoring_rows(np.array([0, 2]), config) == {"HyperSteer": expected}
 
 
 def test_methods_get_what_is_theirs(run: Path, monkeypatch, tmp_path: Path) -> None:

@@ -28,12 +28,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from hypersteer_jax.data.prompts import Prompter
 from hypersteer_jax.data.tinyworld.world import Concept, Subject, instruction
 from hypersteer_jax.models.lm import LM, ranks
+from hypersteer_jax.training.loss import token_nll
 
 REPEATED, STUCK = 0.15, 0.40  # shares of word pairs seen before; unsteered text stays below the first
 BATCH, MULTIPLE = 64, 16
@@ -139,5 +139,5 @@ def mean_nll(lm: LM, prompter: Prompter, prompts: Sequence[str], texts: Sequence
 def _total_nll(lm: LM, tokens: Array, mask: Array, scored: Array) -> Array:
     """Negative log-likelihood `[B]` summed over the scored tokens `[B, T]`."""
     residual = lm.run(lm.embed(tokens), ranks(mask), mask, 0, lm.config.layers)
-    nll = optax.softmax_cross_entropy_with_integer_labels(lm.unembed(residual[:, :-1]), tokens[:, 1:])
-    return jnp.sum(nll * scored[:, 1:], axis=1)
+    target, weight = (jnp.roll(x, -1, axis=1) for x in (tokens, scored.astype(jnp.float32).at[:, 0].set(0.0)))
+    return jnp.sum(token_nll(lm, residual, target, weight), axis=1)
