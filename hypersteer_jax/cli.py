@@ -329,16 +329,20 @@ def evaluate(
 
 
 @app.command(name="report")
-def report(evaluations: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path) -> None:
+def report(
+    evaluations: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path, prompting: Path | None = None
+) -> None:
     """Make one page of any number of evaluations: tables, curves, concepts, best and worst texts, differences.
 
     Args:
         evaluations: folders of evaluated runs, or of evaluations.
         out: folder for report.md, its pictures, and report.json; an earlier report in it is replaced.
+        prompting: rated texts of prompting (a steering_data.parquet as AxBench's evaluate/ has) for win rates against
+            it; without, those of each evaluation itself.
     """
     from hypersteer_jax.evaluation.evaluate_report import write_report
 
-    write_report(evaluations, out)
+    write_report(evaluations, out, prompting)
 
 
 def main() -> None:

@@ -78,17 +78,7 @@ def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None],
         DataError: the source cannot be read, holds bad rows, leaks held-out data, or is too small for one batch.
     """
     data, train = config.data, config.train
-    if data.source == TINYWORLD:
-        rows = {
-            TRAIN: training_examples(TINYWORLD_ROWS, train.seed, data.max_concepts),
-            HELD_IN: training_examples(TINYWORLD_EVALUATION, train.seed + 1, data.max_concepts),
-            HELD_OUT: training_examples(TINYWORLD_EVALUATION, train.seed, held_out=True),
-        }
-    else:
-        rows = _stored_splits(data, train.seed, say)
-        refuse_leaks(rows, data.source)
-        rows[TRAIN] = limit_concepts(rows[TRAIN], data.max_concepts, train.seed)
-    encoded = {}
+    rows, encoded = load_splits(config, say), {}
     for name, examples in rows.items():
         if not examples:
             continue  # no concept is held out, or the file is too small for a held-in sample
@@ -110,6 +100,24 @@ def load_data(config: RunConfig, prompter: Prompter, say: Callable[[str], None],
     }
     batches = iterator(encoded[TRAIN], layout, train.batch, train.seed, share)
     return TrainData(encoded[TRAIN], layout, batches, evaluation)
+
+
+def load_splits(config: RunConfig, say: Callable[[str], None]) -> Splits:
+    """What a run is trained on, and what is held in and out; `say` is told of rows that were dropped.
+
+    Raises:
+        DataError: the source cannot be read, holds bad rows, or leaks held-out data.
+    """
+    data, seed = config.data, config.train.seed
+    if data.source == TINYWORLD:
+        return {
+            TRAIN: training_examples(TINYWORLD_ROWS, seed, data.max_concepts),
+            HELD_IN: training_examples(TINYWORLD_EVALUATION, seed + 1, data.max_concepts),
+            HELD_OUT: training_examples(TINYWORLD_EVALUATION, seed, held_out=True),
+        }
+    rows = _stored_splits(data, seed, say)
+    refuse_leaks(rows, data.source)
+    return rows | {TRAIN: limit_concepts(rows[TRAIN], data.max_concepts, seed)}
 
 
 def _stored_splits(data: DataConfig, seed: int, say: Callable[[str], None]) -> Splits:

@@ -31,7 +31,10 @@ from rich.console import Console
 from rich.progress import track
 
 from hypersteer_jax.config import ConfigError, EvaluateConfig, RunConfig, to_dict
-from hypersteer_jax.data.sources import TINYWORLD
+from hypersteer_jax.data.batch import DataError
+from hypersteer_jax.data.concepts import normalised
+from hypersteer_jax.data.sources import TINYWORLD, load_splits
+from hypersteer_jax.data.splits import HELD_OUT, TRAIN
 from hypersteer_jax.data.tinyworld.judge import mean_nll
 from hypersteer_jax.decoding import Decoding
 from hypersteer_jax.evaluation.cache import Cache, Key
@@ -83,6 +86,8 @@ def evaluate(run: Path, config: EvaluateConfig, preview: bool = False, console: 
     cases = make_cases(config, trained)
     if config.judge.kind == "rules" and (trained.lm != TINYWORLD or config.held_in or config.held_out):
         raise ConfigError("judge.kind is rules, which knows the tiny world's own concepts only; choose another judge")
+    if config.held_in or config.held_out:
+        check_trained_on(cases, trained, console)
     out = config.out or run / "evaluation"
     record = make_record(config, trained, step, cases)
     check_same(out, record)
@@ -124,6 +129,31 @@ def check(config: EvaluateConfig) -> None:
         raise ConfigError(f"factors are {config.factors}; give one or more, each once")
     if config.fixed_factor not in all_factors(config):
         raise ConfigError(f"fixed_factor is {config.fixed_factor:g}; give one of the factors, or add it to them")
+
+
+def check_trained_on(cases: Cases, run: RunConfig, console: Console) -> None:
+    """Whether held-out concepts are; says so if held-in ones are not trained on, or if the data is not here to tell.
+
+    Raises:
+        ConfigError: held-out concepts are in the training data.
+    """
+    try:
+        rows = load_splits(run, lambda _: None)[TRAIN]
+    except DataError as error:
+        console.print(f"not checked what the run was trained on, for its data is not here: {error}", highlight=False)
+        return
+    seen = {normalised(text) for row in rows for text in (row.concept, row.steering_prompt)}
+    for group, members in cases.items():
+        concepts = [case.concept for case in members]
+        odd = [each for each in concepts if (normalised(each) in seen) == (group == HELD_OUT)]
+        if odd and group == HELD_OUT:
+            raise ConfigError(
+                f"{len(odd)} of {len(concepts)} concepts of held_out are in the run's training data, such as "
+                f"{odd[0]!r}; take them out of the list, or give it as held_in"
+            )
+        if odd:
+            of = f"{len(odd)} of {len(concepts)} held-in concepts"
+            console.print(f"{of} are not in the run's training data, such as {odd[0]!r}", highlight=False)
 
 
 def all_factors(config: EvaluateConfig) -> list[float]:

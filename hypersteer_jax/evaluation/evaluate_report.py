@@ -20,6 +20,7 @@ from hypersteer_jax.evaluation.measures import (
     CHOSEN,
     Evaluation,
     Group,
+    against_stored,
     chosen_factors,
     compare,
     failures,
@@ -55,15 +56,16 @@ def print_scores(path: Path, console: Console | None = None) -> None:
     console.print(f"a page with pictures and texts: hypersteer report {path} --out FOLDER", soft_wrap=True)
 
 
-def write_report(paths: Sequence[Path], out: Path) -> None:
+def write_report(paths: Sequence[Path], out: Path, prompting: Path | None = None) -> None:
     """The page about these evaluations.
 
     Args:
         paths: folders of runs or of evaluations.
         out: gets report.md, factors.png, concepts.png and report.json.
+        prompting: rated texts of prompting to take win rates against; None: each evaluation's own.
 
     Raises:
-        ConfigError: none is given, or one of them is not there or not finished.
+        ConfigError: none is given, or one of them is not there or not finished, or nothing in `prompting` is of use.
     """
     if not paths:
         raise ConfigError("no evaluation is given; give folders of evaluated runs")
@@ -71,14 +73,16 @@ def write_report(paths: Sequence[Path], out: Path) -> None:
     names = [evaluation.name for evaluation in evaluations]
     if len(set(names)) < len(names):
         evaluations = [each._replace(name=str(path)) for each, path in zip(evaluations, paths, strict=True)]
+    if prompting is not None:
+        evaluations = [against_stored(each, prompting) for each in evaluations]
     out.mkdir(parents=True, exist_ok=True)
     _plot_factors(evaluations, out / CURVES)
     _plot_concepts(evaluations, out / CONCEPTS)
-    (out / PAGE).write_text(_markdown(evaluations), encoding="utf-8")
+    (out / PAGE).write_text(_markdown(evaluations, prompting), encoding="utf-8")
     (out / NUMBERS).write_text(json.dumps(_numbers(evaluations), indent=1) + "\n", encoding="utf-8")
 
 
-def _markdown(evaluations: Sequence[Evaluation]) -> str:
+def _markdown(evaluations: Sequence[Evaluation], prompting: Path | None) -> str:
     lines = [
         "# Steering scores",
         "",
@@ -89,6 +93,11 @@ def _markdown(evaluations: Sequence[Evaluation]) -> str:
         "Perplexity: median over texts, under the unsteered base LM. Wins: a tie is half a win.",
         "",
     ]
+    if prompting is not None:
+        lines[-1:] = [
+            f"They are against the ratings of prompting in {prompting.name}, where it has the same text's.",
+            "",
+        ]
     for evaluation in evaluations:
         lines += _about(evaluation)
         for name, group in evaluation.groups.items():
@@ -101,7 +110,7 @@ def _markdown(evaluations: Sequence[Evaluation]) -> str:
         "",
         f"![ratings against the factor]({CURVES})",
         "",
-        "Means over all instructions, the choosing ones too; shaded: 95 % interval of the score over concepts. At 0: "
+        "Means over the instructions that choose the factor; shaded: 95 % interval of the score over concepts. At 0: "
         "the unsteered base LM.",
         "",
         "## Concepts",
@@ -161,7 +170,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _failed(evaluation: Evaluation) -> str:
-    counts = [failures(group) for group in evaluation.groups.values()]
+    counts = [failures(group, evaluation.fixed_factor) for group in evaluation.groups.values()]
     total = {
         method: [sum(pair) for pair in zip(*(each[method] for each in counts), strict=True)] for method in counts[0]
     }
@@ -251,15 +260,18 @@ def _plot_factors(evaluations: Sequence[Evaluation], path: Path) -> None:
     figure, axes = _panels(evaluations, 5.2)
     for (row, name), axis in axes.items():
         group = evaluations[row].groups[name]
-        steered, base = group.methods[HYPERSTEER].rating, group.methods[UNSTEERED].rating[..., :1]
-        xs, ratings = [0.0, *group.factors], np.concatenate([base, steered], axis=-1)
+        steered, base, prompting = (
+            group.methods[method].rating[:, :, group.selecting] for method in (HYPERSTEER, UNSTEERED, PROMPTING)
+        )
+        xs, ratings = [0.0, *group.factors], np.concatenate([base[..., :1], steered], axis=-1)
         for place, (label, colour) in enumerate(COLOURS.items()):
             wide = 2.4 if label == "score" else 1.3
             axis.plot(xs, mean(ratings[place], axis=(0, 1)), "o-", color=colour, label=label, linewidth=wide, ms=3)
         bands = [interval(values) for values in mean(ratings[0], axis=1).T]
         axis.fill_between(xs, [b.low for b in bands], [b.high for b in bands], color=COLOURS["score"], alpha=0.15, lw=0)
-        prompting = float(mean(group.methods[PROMPTING].score, axis=(0, 1, 2)))
-        axis.axhline(prompting, color="#888888", linestyle=":", label="prompting (score)")
+        axis.axhline(
+            float(mean(prompting[0], axis=(0, 1, 2))), color="#888888", linestyle=":", label="prompting (score)"
+        )
         axis.set(xlabel="steering factor", ylabel="mean rating, 0 to 2", ylim=(-0.05, 2.1))
     next(iter(axes.values())).figure.legend(
         *next(iter(axes.values())).get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right upper"
@@ -290,7 +302,7 @@ def _numbers(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
             groups[name] = {
                 "judge": group.judge,
                 "methods": dict(lines),
-                "failures": failures(group),
+                "failures": failures(group, evaluation.fixed_factor),
                 "concepts": [
                     {"concept": concept, "factor": factor} | {what: values[c] for what, values in scores.items()}
                     for c, (concept, factor) in enumerate(zip(group.concepts, factors, strict=True))

@@ -1,12 +1,13 @@
 """What an evaluation's ratings amount to: scores with intervals, win rates, and the difference between two runs.
 
 A concept's factor is chosen on the first half of its instructions; everything in `measure` is of the second half.
-Failed ratings are NaN and stay out of every mean. Intervals are bootstrapped over concepts.
+Ratings that failed or were not asked for are NaN and stay out of every mean. Intervals are bootstrapped over concepts.
 
 Letters: C concepts, I instructions of a concept, F factors, R 4: score, concept, instruction, fluency.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from hypersteer_jax.config import ConfigError
+from hypersteer_jax.data.concepts import normalised
 from hypersteer_jax.data.splits import HELD_IN, HELD_OUT
 from hypersteer_jax.evaluation.evaluate import (
     DATA,
@@ -34,7 +36,7 @@ CHOSEN = "HyperSteer, chosen factor"
 
 
 class Ratings(NamedTuple):
-    """What a method's texts got, failures NaN; a method without factors has the same at all of them."""
+    """What a method's texts got, NaN where they got none; a method without factors has the same at all of them."""
 
     rating: Float[np.ndarray, "R C I F"]
     perplexity: Float[np.ndarray, "C I F"]
@@ -54,6 +56,12 @@ class Group(NamedTuple):
     factors: list[float]  # ascending
     methods: dict[str, Ratings]
     judge: str
+    rival: Float[np.ndarray, "C I"] | None = None  # stored scores of prompting, NaN where there is none; None: our own
+
+    @property
+    def selecting(self) -> slice:
+        """Instructions that choose the factor."""
+        return slice(choosing(len(self.instructions[0])))
 
     @property
     def scoring(self) -> slice:
@@ -82,7 +90,7 @@ class Line(NamedTuple):
     instruction: float
     fluency: float
     perplexity: float  # median over texts, under the unsteered base LM
-    wins: Score | None  # against prompting, a tie being half a win; None for prompting itself
+    wins: Score | None  # against prompting, a tie being half a win; None for prompting itself, if it is our own
     ties: float | None  # share of texts
 
 
@@ -106,16 +114,33 @@ def read_evaluation(path: Path) -> Evaluation:
     return Evaluation(path.name, record, {group: read_group(file) for group, file in files.items()})
 
 
-def read_group(path: Path) -> Group:
-    """The rated texts of a group, from a file that `hypersteer evaluate` wrote."""
-    table = pq.read_table(path)
+def read_group(path: Path, of: Sequence[str] = METHODS) -> Group:
+    """The rated texts of a group, from a file such as `hypersteer evaluate` writes.
+
+    Args:
+        path: the file.
+        of: methods.
+
+    Raises:
+        ConfigError: no such file, a column is missing, or a concept lacks an instruction at some factor.
+    """
+    places = ("concept_id", "input_id", "factor", "input_concept", "original_prompt")
+    needed = [*places, *(name for m in of for name in (*rating_columns(m), f"{m}_perplexity", m + TEXT))]
+    try:
+        table = pq.read_table(path, columns=needed)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as rated texts of {' and '.join(of)}: {error}") from error
     table = table.sort_by([(name, "ascending") for name in ("concept_id", "input_id", "factor")])
     factors = sorted(set(table["factor"].to_pylist()))
     count = len(set(table["concept_id"].to_pylist()))
+    if not table.num_rows or table.num_rows % (count * len(factors)):
+        raise ConfigError(
+            f"{path} has {table.num_rows} rows of {count} concepts and {len(factors)} factors; give a whole file"
+        )
     shape = (count, -1, len(factors))
     prompts = np.array(table["original_prompt"].to_pylist(), object).reshape(shape)
     methods = {}
-    for method in METHODS:
+    for method in of:
         columns = zip(*(table[name].to_pylist() for name in rating_columns(method)), strict=True)
         rating = np.array([(judged.score, *judged) for judged in map(Judgement._make, columns)], float)
         methods[method] = Ratings(
@@ -152,13 +177,13 @@ def measure(group: Group, fixed_factor: float) -> dict[str, Line]:
         CHOSEN: (HYPERSTEER, chosen_factors(group)),
         f"HyperSteer, factor {fixed_factor:g}": (HYPERSTEER, fixed),
     }
-    rival = at(group.methods[PROMPTING].score, fixed)[:, half]
+    rival = (at(group.methods[PROMPTING].score, fixed) if group.rival is None else group.rival)[:, half]
     lines = {}
     for name, (method, factor) in rows.items():
         ratings = group.methods[method]
         values = at(ratings.rating, factor)[..., half]
         wins, ties = None, None
-        if method != PROMPTING:
+        if method != PROMPTING or group.rival is not None:
             won = win_or_tie(values[0], rival)
             wins, ties = interval(mean(won, axis=1)), float(mean(np.where(np.isnan(won), won, won == 0.5), axis=(0, 1)))
         concept, instruction, fluency = (float(mean(part, axis=(0, 1))) for part in values[1:])
@@ -205,10 +230,45 @@ def compare(one: Evaluation, other: Evaluation, group: str) -> dict[str, Score]:
     return differences
 
 
-def failures(group: Group) -> dict[str, tuple[int, int]]:
-    """Failed ratings of each method, and how many there are; the one text of a method without factors counts once."""
-    found = {}
-    for method, ratings in group.methods.items():
-        values = ratings.rating[1:] if method == HYPERSTEER else ratings.rating[1:, ..., 0]
-        found[method] = (int(np.isnan(values).sum()), values.size)
-    return found
+def failures(group: Group, fixed_factor: float) -> dict[str, tuple[int, int]]:
+    """Failed ratings of each method, and how many were asked for (`evaluate.choosing_rows` and `scoring_rows`)."""
+    shape = group.methods[HYPERSTEER].score.shape
+    asked = {method: np.arange(shape[2]) == np.zeros(shape) for method in METHODS}  # the one text without factors
+    asked[HYPERSTEER] = np.zeros(shape, bool)
+    asked[HYPERSTEER][:, group.selecting] = True
+    asked[HYPERSTEER][:, group.scoring, group.factors.index(fixed_factor)] = True
+    asked[HYPERSTEER][np.arange(shape[0]), group.scoring, chosen_factors(group)] = True
+    values = {method: group.methods[method].rating[1:, where] for method, where in asked.items()}
+    return {method: (int(np.isnan(each).sum()), each.size) for method, each in values.items()}
+
+
+def against_stored(evaluation: Evaluation, path: Path) -> Evaluation:
+    """The evaluation with win rates against prompting as it was rated before, in AxBench's `evaluate/` or by us.
+
+    Texts are matched by steering prompt and instruction. Where the file has several factors, prompting has its best
+    one, too, chosen as ours is (AxBench).
+
+    Raises:
+        ConfigError: the file cannot be used, or it has nothing that was asked here.
+    """
+    stored = read_group(path, (PROMPTING,))
+    score = stored.methods[PROMPTING].score
+    best = at(score, choose_factors(score).factor)
+    known = {
+        (normalised(concept), instruction): value
+        for concept, asked, values in zip(stored.concepts, stored.instructions, best, strict=True)
+        for instruction, value in zip(asked, values, strict=True)
+    }
+    groups, found = {}, 0
+    for name, group in evaluation.groups.items():
+        pairs = zip(group.concepts, group.instructions, strict=True)
+        rival = np.array([[known.get((normalised(c), each), np.nan) for each in asked] for c, asked in pairs], float)
+        found += int(np.isfinite(rival[:, group.scoring]).sum())
+        groups[name] = group._replace(rival=rival)
+    if not found:
+        example = f"{group.concepts[0]!r} with {group.instructions[0][-1]!r}"
+        raise ConfigError(
+            f"{path} has no rating of prompting for what {evaluation.name} was scored on, such as {example}; give "
+            "ratings of the same concepts and instructions"
+        )
+    return evaluation._replace(groups=groups)

@@ -1,6 +1,8 @@
 """`hypersteer evaluate` on the tiny world, with a hypernetwork of random weights and very short texts."""
 
 import dataclasses
+import io
+import json
 import os
 import shutil
 import signal
@@ -13,13 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from hypersteer_jax import cli
-from hypersteer_jax.config import ConfigError, EvaluateConfig, HypernetConfig, JudgeConfig, RunConfig, SteeringConfig
-from hypersteer_jax.data.sources import base_shape
-from hypersteer_jax.data.splits import HELD_IN, HELD_OUT
+from hypersteer_jax.config import (
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    HypernetConfig,
+    JudgeConfig,
+    RunConfig,
+    SteeringConfig,
+)
+from hypersteer_jax.data.sources import base_shape, load_splits
+from hypersteer_jax.data.splits import HELD_IN, HELD_OUT, TRAIN
 from hypersteer_jax.evaluation import evaluate as module
-from hypersteer_jax.evaluation.evaluate import DATA, METHODS, all_factors, choosing_rows, evaluate, scoring_rows
+from hypersteer_jax.evaluation.cases import Case
+from hypersteer_jax.evaluation.evaluate import (
+    DATA,
+    METHODS,
+    all_factors,
+    check_trained_on,
+    choosing_rows,
+    evaluate,
+    scoring_rows,
+)
 from hypersteer_jax.evaluation.judges import Item, rating_columns, read_texts
 from hypersteer_jax.evaluation.measures import read_evaluation
 from hypersteer_jax.evaluation.scores import choose_factors
@@ -228,6 +248,34 @@ def test_another_evaluation_in_the_folder_is_refused(run: Path, finished: Path, 
     (longer / "checkpoints/5").rename(longer / "checkpoints/7")
     with pytest.raises(ConfigError, match="another step"):
         evaluate(longer, same)
+
+
+def test_held_out_is_what_the_run_never_saw(tmp_path: Path) -> None:
+    source, lines = tmp_path / "rows.jsonl", []
+    for concept in ("gold", "Ships at sea", "bees", "rain"):
+        lines += [json.dumps({"steering_prompt": concept, "prompt": f"Say {n}.", "response": "Yes."}) for n in range(3)]
+    source.write_text("\n".join(lines))
+    trained = RunConfig(data=DataConfig(source=str(source), held_out_concepts=1))
+    unseen = {example.concept for example in load_splits(trained, print)[HELD_OUT]}
+    seen = min({"gold", "Ships at sea", "bees", "rain"} - unseen)
+
+    def told(held_in: str, held_out: str, run: RunConfig = trained) -> str:
+        cases = {
+            group: [Case(0, concept, "", "", [], [])] for group, concept in ((HELD_IN, held_in), (HELD_OUT, held_out))
+        }
+        console = Console(file=io.StringIO(), width=400)
+        check_trained_on(cases, run, console)
+        return console.file.getvalue()
+
+    assert told(f"{seen.upper()}!", *unseen) == ""
+    assert "1 of 1 held-in concepts are not in the run's training data, such as 'new'" in told("new", *unseen)
+    with pytest.raises(ConfigError, match=f"1 of 1 concepts of held_out are in .* training data, such as '{seen}'"):
+        told(seen, seen)
+    source.unlink()
+    assert "its data is not here" in told(seen, seen)
+    tinyworld = RunConfig()
+    with pytest.raises(ConfigError, match="held_out are in the run's training data"):
+        told("", load_splits(tinyworld, print)[TRAIN][0].steering_prompt, tinyworld)
 
 
 def test_no_checkpoint_no_evaluation(run: Path, tmp_path: Path) -> None:

@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hypersteer_jax.config import ConfigError, EvaluateConfig, RunConfig
 from hypersteer_jax.evaluation.evaluate import HYPERSTEER, METHODS, PROMPTING, WRONG_PROMPT, make_record
 from hypersteer_jax.evaluation.evaluate_report import write_report
+from hypersteer_jax.evaluation.judges import rating_columns
 from hypersteer_jax.evaluation.measures import (
     CHOSEN,
     Evaluation,
     Group,
     Ratings,
+    against_stored,
     compare,
     failures,
     measure,
@@ -84,8 +88,60 @@ def test_failed_ratings_are_counted_and_stay_out() -> None:
     line = measure(group, 1.0)[FIXED]
     assert line.score == (2.0, 2.0, 2.0, CONCEPTS - 1)
     assert line.wins.mean == 1.0
-    assert failures(group)[HYPERSTEER] == (3 * 3, 3 * CONCEPTS * INSTRUCTIONS * 3)
-    assert failures(group)[PROMPTING] == (3, 3 * CONCEPTS * INSTRUCTIONS)
+    asked = CONCEPTS * (2 * 3 + 2 * 2)  # two choose at all factors, two are scored at factors 2, the chosen one, and 1
+    assert failures(group, 1.0)[HYPERSTEER] == (3 * 3, 3 * asked)
+    assert failures(group, 2.0)[HYPERSTEER] == (0, 3 * (asked - CONCEPTS * 2))
+    assert failures(group, 1.0)[PROMPTING] == (3, 3 * CONCEPTS * INSTRUCTIONS)
+    group.methods[HYPERSTEER].rating[:, :, 2:, 0] = np.nan  # never asked for
+    assert failures(group, 1.0)[HYPERSTEER] == (3 * 3, 3 * asked)
+
+
+def stored_prompting(path: Path, scores: list[float]) -> Path:
+    """AxBench's file of prompting alone: two concepts, two instructions, two factors; the second is better."""
+    rows = [
+        {
+            "concept_id": c,
+            "input_id": i,
+            "factor": f,
+            "input_concept": f"Concept {c}.",
+            "original_prompt": f"Prompt {c}-{3 - i}?",
+        }
+        for c in (0, 1)
+        for i in (0, 1)
+        for f in (1.0, 2.0)
+    ]
+    for row, score in zip(rows, scores, strict=True):
+        row |= {"PromptSteering_steered_generation": "a text", "PromptSteering_perplexity": 2.0}
+        row |= dict.fromkeys(rating_columns(PROMPTING), score)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_win_rates_against_stored_ratings(tmp_path: Path) -> None:
+    ours = evaluation(rated({HYPERSTEER: np.array(1.5), PROMPTING: np.array(0.5)}))
+    # By rows: concept 0 has 2 at its better factor, concept 1 has 1, but for a rating that failed.
+    scores = [0.0, 2.0, 0.0, 2.0, 0.0, 1.0, 0.0, np.nan]
+    found = against_stored(ours, stored_prompting(tmp_path / "a.parquet", scores))
+    lines = measure(found.groups["held-in"], 1.0)
+    assert lines[CHOSEN].wins == pytest.approx((0.5, 0.0, 1.0, 2))  # loses to 2, twice, and wins against 1
+    assert lines["prompting"].wins.mean == 0.0  # ours against the stored one
+    assert lines[CHOSEN].score.concepts == CONCEPTS
+
+
+def test_stored_ratings_of_something_else_are_refused(tmp_path: Path) -> None:
+    ours = evaluation(rated({}))
+    other = ours._replace(groups={"held-in": ours.groups["held-in"]._replace(concepts=["else"] * CONCEPTS)})
+    path = stored_prompting(tmp_path / "a.parquet", [1.0] * 8)
+    with pytest.raises(ConfigError, match="no rating of prompting for what one was scored on, such as 'else'"):
+        against_stored(other, path)
+    pq.write_table(pq.read_table(path).slice(1), tmp_path / "b.parquet")
+    with pytest.raises(ConfigError, match="7 rows of 2 concepts and 2 factors; give a whole file"):
+        against_stored(ours, tmp_path / "b.parquet")
+    pq.write_table(pq.read_table(path).drop_columns([rating_columns(PROMPTING)[0]]), tmp_path / "c.parquet")
+    with pytest.raises(
+        ConfigError, match=r"c\.parquet cannot be read as rated texts of PromptSteering: .*relevance_concept"
+    ):
+        against_stored(ours, tmp_path / "c.parquet")
 
 
 def test_runs_are_compared_concept_by_concept() -> None:
@@ -120,7 +176,7 @@ def test_a_report_of_two_evaluations(tmp_path: Path, monkeypatch) -> None:
         assert (tmp_path / "page" / name).read_bytes().startswith(b"\x89PNG")
     for words in ("## one", "## other", "shuffled prompt, factor 1", "wrong prompt, factor 1", "a judge"):
         assert words in page
-    assert "9 of 504 ratings failed, and their texts have no score: HyperSteer 9 of 216." in page
+    assert "6 of 468 ratings failed, and their texts have no score: HyperSteer 6 of 180." in page
     assert "| other over one | held-in | HyperSteer, factor 1 | 6 | +0.33 " in page
     assert "### one, held-in: worst" in page
     assert "**0.00** (concept 0, instruction 0, fluency 0), factor 2, steered to **concept 0**: Prompt 0-" in page
