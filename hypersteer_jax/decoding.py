@@ -228,13 +228,21 @@ def pick(
 ) -> Int[Array, " B"]:
     """The next token of each row: the likeliest, or a draw that depends on the row's own seed and logits only."""
     if decoding.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return likeliest(logits)
 
-    def draw(logits: Array, seed: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), count)
-        return jax.random.categorical(key, candidates(logits / decoding.temperature, decoding.top_k, decoding.top_p))
+    def noisy(logits: Array, seed: Array) -> Array:
+        """Of which the largest is a draw, as in `jax.random.categorical`."""
+        noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), count), logits.shape, logits.dtype)
+        return noise + candidates(logits / decoding.temperature, decoding.top_k, decoding.top_p)
 
-    return jax.vmap(draw)(logits, seed).astype(jnp.int32)
+    return likeliest(jax.vmap(noisy)(logits, seed))
+
+
+def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """`argmax`, the first of equals, as two plain reductions: XLA makes a slow loop of its own on a CPU."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    last = logits.shape[1] - 1
+    return jnp.min(jnp.where(logits == top, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
 def candidates(logits: Float[Array, " V"], top_k: int, top_p: float) -> Float[Array, " V"]:

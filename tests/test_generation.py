@@ -11,7 +11,7 @@ import pytest
 from hypersteer_jax.config import ConfigError, HypernetConfig, RunConfig, SelectionConfig, SteeringConfig
 from hypersteer_jax.data.batch import SteeringBatch
 from hypersteer_jax.data.prompts import Prompter
-from hypersteer_jax.decoding import Decoding, candidates, generate
+from hypersteer_jax.decoding import Decoding, candidates, generate, likeliest, pick
 from hypersteer_jax.generation import Request, Steered, complete, left_pad, make_batches, stream
 from hypersteer_jax.models.lm import LM, cast
 from hypersteer_jax.sharding import make_mesh, shard_weights
@@ -248,6 +248,22 @@ def test_candidates() -> None:
     assert kept(0, 0.71) == [1, 3, 4]
     assert kept(2, 0.6) == [1, 3]  # after top_k the two hold 0.57 and 0.43
     assert kept(2, 0.5) == [1]
+
+
+def test_the_likeliest_is_the_first_of_equals() -> None:
+    logits = np.random.default_rng(0).integers(-3, 3, (50, 40)).astype(np.float32)
+    np.testing.assert_array_equal(likeliest(logits), np.argmax(logits, axis=1))
+    assert likeliest(np.full((1, 3), -np.inf, np.float32)) == 0
+
+
+def test_a_draw_is_jax_s_own() -> None:
+    logits = np.random.default_rng(0).normal(size=(8, 40)).astype(np.float32)
+    decoding = GREEDY._replace(temperature=0.7)
+    found = pick(logits, np.arange(8, dtype=np.uint32), 5, decoding)
+    keys = [jax.random.fold_in(jax.random.key(seed), 5) for seed in range(8)]
+    drawn = [jax.random.categorical(key, row / 0.7) for key, row in zip(keys, logits, strict=True)]
+    np.testing.assert_array_equal(found, drawn)
+    assert (np.array(drawn) != np.argmax(logits, axis=1)).any()
 
 
 def test_samples_are_drawn_among_the_candidates() -> None:
