@@ -37,7 +37,7 @@ from hypersteer_jax.data.sources import TINYWORLD, load_splits
 from hypersteer_jax.data.splits import HELD_OUT, TRAIN
 from hypersteer_jax.data.tinyworld.judge import mean_nll
 from hypersteer_jax.decoding import Decoding
-from hypersteer_jax.evaluation.cache import Cache, Key
+from hypersteer_jax.evaluation.cache import Cache
 from hypersteer_jax.evaluation.cases import Case, Cases, make_cases
 from hypersteer_jax.evaluation.judge_file import make_judge, with_ratings, write_parquet
 from hypersteer_jax.evaluation.judges import (
@@ -349,27 +349,28 @@ def _outlook(
     whole = sum(map(len, cases.values()))
     counts = " and ".join(f"{len(members)} {group}" for group, members in cases.items())
     paths = [path for found in parts if (path := part_path(out, *found[:2])).exists()]
-    asks = {key: ask for path in paths for key, ask in _open_asks(judge, path, cache, config).items()}
+    asks = _open_asks(judge, paths, cache, config) if paths else []
     expected = _expected_asks(judge, [case for _, _, part, _ in missing for case in part], config)
     return (
         f"{counts} concepts: {left * each:,} texts to generate, {(whole - left) * each:,} are there\n"
-        f"{judge.name}, at most: {judge.preview([*asks.values(), *expected])}"
+        f"{judge.name}, at most: {judge.preview(asks + expected)}"
     )
 
 
-def _open_asks(judge: Judge, part: Path, cache: Cache, config: EvaluateConfig) -> dict[Key, Ask]:
-    """What is still to be asked of a part; while its factors are not chosen, as if the longest texts had won."""
-    items = read_texts(part)[1]
-    plan = make_plan(judge, pick(items, choosing_rows(items, config)), cache, config.judge.retry_failures)
-    steered = items[HYPERSTEER]
+def _open_asks(judge: Judge, parts: Sequence[Path], cache: Cache, config: EvaluateConfig) -> list[Ask]:
+    """What is still to be asked of parts; while their factors are not chosen, as if the longest texts had won."""
+    found = [read_texts(path)[1] for path in parts]
+    items = {method: [item for each in found for item in each[method]] for method in METHODS}
+    steered, first = items[HYPERSTEER], pick(items, choosing_rows(items, config))
+    plan = make_plan(judge, first, cache, config.judge.retry_failures)
     if plan.asks:
         length = np.array([len(item.text) for item in steered])[_places(len(steered), config)]
         best = np.argmax(length[:, choosing(config.per_concept) :].sum(axis=1), axis=1)
     else:
-        judged = dict(zip(pick(items, choosing_rows(items, config)), plan.judgements(), strict=True))
+        judged = dict(zip(first, plan.judgements(), strict=True))
         best = best_factors([judged.get(item, UNRATED) for item in steered], config)
     rest = make_plan(judge, pick(items, scoring_rows(best, config)), cache, config.judge.retry_failures)
-    return plan.asks | rest.asks
+    return list((plan.asks | rest.asks).values())
 
 
 def _expected_asks(judge: Judge, cases: Sequence[Case], config: EvaluateConfig) -> list[Ask]:
