@@ -191,6 +191,7 @@ class EvaluateConfig:
     held_out: str | None = None  # the same, never trained on
     concepts: int | None = None  # of each group, the first of its list; None: all (the tiny world: 200)
     instructions: Path | None = None  # JSON or JSON lines with `instruction`, such as AlpacaEval's; None: 332 free ones
+    prompting: Path | None = None  # AxBench's steering_data.parquet, whose steered_input prompting gets; None: our own
     per_concept: int = 10  # instructions a concept; the first half chooses its factor, the second scores it
     factors: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0)
     fine: bool = False  # also 0.7 to 1.5 in steps of 0.05: a vector trained at 1 turns there

@@ -28,10 +28,12 @@ from hypersteer_jax.data.tinyworld.world import (
     steering_concepts,
     steering_prompt,
 )
+from hypersteer_jax.evaluation.judges import read_table
 from hypersteer_jax.evaluation.protocol import mixture, unrelated
 
 TINYWORLD_CONCEPTS = 200  # of each group, if `concepts` does not say
-# AxBench has gpt-4o-mini write a prompt for each concept; this fixed one is like its simple form, which needs no model.
+# AxBench has gpt-4o-mini write a prompt for each concept, which `prompting` takes from a file of AxBench's; this fixed
+# one is like its simple form, which needs no model.
 PROMPTED = "Work the following into your answer, in content or in manner: {concept}\n\n{instruction}"
 
 
@@ -58,11 +60,14 @@ def make_cases(config: EvaluateConfig, run: RunConfig) -> Cases:
     listed = {HELD_IN: config.held_in, HELD_OUT: config.held_out}
     if any(listed.values()):
         pool = read_instructions(config.instructions)
+        prompts = None if config.prompting is None else read_prompting(config.prompting)
         named = {group: _named(name, config.concepts) for group, name in listed.items() if name is not None}
         _refuse_shared(named)
-        return {group: _listed_cases(each, pool, config) for group, each in named.items()}
-    if run.data.source != TINYWORLD or config.instructions is not None:
-        what = f"instructions are {config.instructions}" if config.instructions else f"it learned {run.data.source}"
+        return {group: _listed_cases(each, pool, prompts, config) for group, each in named.items()}
+    files = {"instructions": config.instructions, "prompting": config.prompting}
+    given = [f"{name} is {path}" for name, path in files.items() if path is not None]
+    if run.data.source != TINYWORLD or given:
+        what = given[0] if given else f"it learned {run.data.source}"
         raise ConfigError(
             f"neither held_in nor held_out is given, and {what}; give lists of concepts (only a run on the tiny world "
             "has concepts and instructions of its own)"
@@ -102,6 +107,21 @@ def read_instructions(path: Path | None) -> list[str]:
     return found
 
 
+def read_prompting(path: Path) -> dict[tuple[str, str], str]:
+    """What prompting gives the base LM in place of an instruction, by concept (see `normalised`) and instruction.
+
+    Args:
+        path: an AxBench `steering_data.parquet`; read are input_concept, original_prompt and steered_input.
+
+    Raises:
+        JudgeError: no such file, not parquet, or a column is missing.
+    """
+    names = ("input_concept", "original_prompt", "steered_input")
+    columns = read_table(path, names)
+    rows = zip(*(columns[name].to_pylist() for name in names), strict=True)
+    return {(normalised(concept), instruction): text for concept, instruction, text in rows}
+
+
 def shuffled(text: str, rng: random.Random) -> str:
     """The words of a text in another order; of a single word, its letters. Unchanged where there is no other order."""
     parts, glue = (text.split(), " ") if len(text.split()) > 1 else (list(text), "")
@@ -137,12 +157,25 @@ def _refuse_shared(named: dict[str, dict[int, str]]) -> None:
         raise DataError(f"held_in and held_out share {len(shared)} concepts, such as {shared[0]!r}; list each once")
 
 
-def _listed_cases(named: dict[int, str], pool: Sequence[str], config: EvaluateConfig) -> list[Case]:
+def _listed_cases(
+    named: dict[int, str], pool: Sequence[str], prompts: dict[tuple[str, str], str] | None, config: EvaluateConfig
+) -> list[Case]:
     rng, cases = random.Random(config.seed), []
     for number, concept in named.items():
         wrong = rng.choice([text for text in named.values() if normalised(text) != normalised(concept)])
         instructions = _drawn(pool, config.per_concept, number)
-        prompting = [PROMPTED.format(concept=concept, instruction=instruction) for instruction in instructions]
+        if prompts is None:
+            prompting = [PROMPTED.format(concept=concept, instruction=instruction) for instruction in instructions]
+        else:
+            keys = [(normalised(concept), instruction) for instruction in instructions]
+            if missing := [
+                instruction for key, instruction in zip(keys, instructions, strict=True) if key not in prompts
+            ]:
+                raise DataError(
+                    f"prompting {config.prompting} has nothing for {concept!r} with {missing[0]!r}; give a file of the "
+                    "same concepts and instructions"
+                )
+            prompting = [prompts[key] for key in keys]
         cases.append(Case(number, concept, wrong, shuffled(concept, rng), instructions, prompting))
     return cases
 

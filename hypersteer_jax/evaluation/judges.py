@@ -232,22 +232,34 @@ def rating_columns(method: str) -> list[str]:
     ]
 
 
+def read_table(path: Path, needed: Sequence[str] = ()) -> pa.Table:
+    """A parquet file of AxBench's kind.
+
+    Raises:
+        JudgeError: no such file, not parquet, or without a column that is needed.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise JudgeError(f"{path} cannot be read as parquet: {error}") from error
+    if missing := [name for name in needed if name not in table.column_names]:
+        raise JudgeError(
+            f"{path} lacks the columns {', '.join(missing)}; give a steering_data.parquet as AxBench writes it"
+        )
+    return table
+
+
 def read_texts(path: Path) -> tuple[pa.Table, dict[str, list[Item]]]:
     """An AxBench `steering_data.parquet`: all of it, and the items of every method in it.
 
     Raises:
         JudgeError: no such file, not parquet, or without the columns that hold concepts, instructions and texts.
     """
-    try:
-        table = pq.read_table(path)
-    except (OSError, ValueError) as error:
-        raise JudgeError(f"{path} cannot be read as parquet: {error}") from error
-    methods = [name.removesuffix(TEXT) for name in table.column_names if name.endswith(TEXT)]
-    missing = [name for name in ("input_concept", "original_prompt") if name not in table.column_names]
-    if not methods or missing:
-        lacks = ", ".join(missing or [f"*{TEXT}"])
-        raise JudgeError(f"{path} lacks the columns {lacks}; give a steering_data.parquet as AxBench writes it")
     columns = ("input_concept", "original_prompt")
+    table = read_table(path, columns)
+    methods = [name.removesuffix(TEXT) for name in table.column_names if name.endswith(TEXT)]
+    if not methods:
+        raise JudgeError(f"{path} has no column *{TEXT}; give a steering_data.parquet as AxBench writes it")
     items = {
         method: list(map(Item, *(table[name].to_pylist() for name in (*columns, method + TEXT)))) for method in methods
     }

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from hypersteer_jax.config import ConfigError
@@ -28,7 +27,7 @@ from hypersteer_jax.evaluation.evaluate import (
     UNSTEERED,
     WRONG_PROMPT,
 )
-from hypersteer_jax.evaluation.judges import TEXT, Judgement, rating_columns
+from hypersteer_jax.evaluation.judges import TEXT, Judgement, rating_columns, read_table
 from hypersteer_jax.evaluation.scores import Score, choose_factors, choosing, interval, mean
 
 TIE = 1e-6  # scores that differ by no more are equal (AxBench, `evaluate.py`)
@@ -126,10 +125,7 @@ def read_group(path: Path, of: Sequence[str] = METHODS) -> Group:
     """
     places = ("concept_id", "input_id", "factor", "input_concept", "original_prompt")
     needed = [*places, *(name for m in of for name in (*rating_columns(m), f"{m}_perplexity", m + TEXT))]
-    try:
-        table = pq.read_table(path, columns=needed)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as rated texts of {' and '.join(of)}: {error}") from error
+    table = read_table(path, needed)
     table = table.sort_by([(name, "ascending") for name in ("concept_id", "input_id", "factor")])
     factors = sorted(set(table["factor"].to_pylist()))
     count = len(set(table["concept_id"].to_pylist()))

@@ -1,7 +1,10 @@
+import dataclasses
 import json
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hypersteer_jax.config import ConfigError, DataConfig, EvaluateConfig, RunConfig, TrainConfig
@@ -57,6 +60,31 @@ def test_listed_concepts_meet_the_instructions_that_their_numbers_draw(tmp_path:
     assert make_cases(config, RunConfig(lm="x")) == cases
 
 
+def test_prompting_takes_the_prompts_of_axbench_s_file(tmp_path: Path) -> None:
+    config = EvaluateConfig(held_in=concept_list(tmp_path / "in.jsonl", "gold", "bees"), per_concept=2)
+    plain = make_cases(config, RunConfig())[HELD_IN]
+    rows = [
+        {
+            "input_concept": case.concept.upper(),
+            "original_prompt": text,
+            "steered_input": f"About {case.concept}: {text}",
+        }
+        for case in plain
+        for text in case.instructions
+    ]
+    path = tmp_path / "steering_data.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    config = dataclasses.replace(config, prompting=path)
+    for case in make_cases(config, RunConfig())[HELD_IN]:
+        assert case.prompting == [f"About {case.concept}: {text}" for text in case.instructions]
+    pq.write_table(pa.Table.from_pylist(rows[:-1]), path)
+    with pytest.raises(DataError, match=r"steering_data\.parquet has nothing for 'bees' with '"):
+        make_cases(config, RunConfig())
+    pq.write_table(pa.Table.from_pylist([{"input_concept": "gold"}]), path)
+    with pytest.raises(ConfigError, match="lacks the columns original_prompt, steered_input; give a steering_data"):
+        make_cases(config, RunConfig())
+
+
 def test_shuffled_words_are_the_same_in_another_order() -> None:
     for seed in range(20):
         found = shuffled("references to ships", random.Random(seed))
@@ -105,7 +133,9 @@ def test_the_default_instructions_are_those_of_the_package() -> None:
         ({"held_in": "two.jsonl", "instructions": Path("blank.jsonl")}, "entry 1 .counted from 0.: ' '; give text"),
         ({"held_in": "two.jsonl", "per_concept": 400}, "per_concept is 400, and there are 332 instructions"),
         ({"per_concept": 60}, "per_concept is 60"),
-        ({"instructions": Path("two.jsonl")}, "neither held_in nor held_out is given, and instructions are two.jsonl"),
+        ({"prompting": Path("two.jsonl")}, "neither held_in nor held_out is given, and prompting is two.jsonl"),
+        ({"held_in": "two.jsonl", "prompting": Path("two.jsonl")}, "two.jsonl cannot be read as parquet"),
+        ({"instructions": Path("two.jsonl")}, "neither held_in nor held_out is given, and instructions is two.jsonl"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path: Path, monkeypatch, settings: dict, message: str) -> None:

@@ -139,7 +139,7 @@ def test_stored_ratings_of_something_else_are_refused(tmp_path: Path) -> None:
         against_stored(ours, tmp_path / "b.parquet")
     pq.write_table(pq.read_table(path).drop_columns([rating_columns(PROMPTING)[0]]), tmp_path / "c.parquet")
     with pytest.raises(
-        ConfigError, match=r"c\.parquet cannot be read as rated texts of PromptSteering: .*relevance_concept"
+        ConfigError, match=r"c\.parquet lacks the columns PromptSteering.*relevance_concept_ratings; give"
     ):
         against_stored(ours, tmp_path / "c.parquet")
 
