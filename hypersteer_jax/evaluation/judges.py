@@ -267,7 +267,7 @@ def read_texts(path: Path) -> tuple[pa.Table, dict[str, list[Item]]]:
 
 
 def read_ratings(path: Path) -> dict[Item, Judgement]:
-    """Ratings of all methods in an AxBench `evaluate/steering_data.parquet`; of equal texts the first one's count.
+    """Ratings of all methods in an AxBench `evaluate/steering_data.parquet`; of equal texts the first whole ones count.
 
     An AxBench run in suppression mode stores 2 - concept rating in this column; such files replay as they are stored.
 
@@ -282,7 +282,8 @@ def read_ratings(path: Path) -> dict[Item, Judgement]:
         if missing:
             raise JudgeError(f"{path} lacks the columns {', '.join(missing)}; give the file in the folder evaluate")
         for item, scores in zip(rows, zip(*(table[name].to_pylist() for name in names), strict=True), strict=True):
-            ratings.setdefault(item, Judgement(*(_checked(score) for score in scores)))
+            if item not in ratings or None in ratings[item]:  # what was not asked for (`evaluate.py`) is null, too
+                ratings[item] = Judgement(*(_checked(score) for score in scores))
     return ratings
 
 

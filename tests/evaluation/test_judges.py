@@ -26,6 +26,7 @@ from hypersteer_jax.evaluation.judges import (
     load_rubric,
     parse_rating,
     plain_prompt,
+    rating_columns,
     read_ratings,
     replay_judge,
     run_judge,
@@ -262,6 +263,15 @@ def test_replay_of_an_axbench_table(tmp_path: Path, cache: Cache) -> None:
     assert lines[-1].endswith("5 of 12 ratings failed; their texts have no score")
     (tmp_path / "other.parquet").write_bytes((tmp_path / "steering_data.parquet").read_bytes() + b" ")
     assert table_name(tmp_path / "other.parquet")[-12:] != judge.name[-12:]
+
+
+def test_of_equal_texts_those_without_ratings_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    columns = {"input_concept": ["gold"] * 3, "original_prompt": ["Why?"] * 3, "A_steered_generation": ["x"] * 3}
+    for name, ratings in zip(rating_columns("A"), ([None, 2.0, 0.0], [None, 1.0, 0.0], [1.0, 0.0, 0.0]), strict=True):
+        columns[name] = ratings
+    pq.write_table(pa.table(columns), path)
+    assert read_ratings(path) == {Item("gold", "Why?", "x"): Judgement(2.0, 1.0, 0.0)}
 
 
 def test_a_table_that_cannot_be_replayed(tmp_path: Path) -> None:
