@@ -31,6 +31,10 @@ from hypersteer_jax.data.tinyworld.world import (
 from hypersteer_jax.evaluation.judges import read_table
 from hypersteer_jax.evaluation.protocol import mixture, unrelated
 
+HYPERSTEER, PROMPTING, UNSTEERED = "HyperSteer", "PromptSteering", "Unsteered"  # AxBench's names where it has them
+WRONG_PROMPT, SHUFFLED_PROMPT = "WrongPrompt", "ShuffledPrompt"
+METHODS = (UNSTEERED, WRONG_PROMPT, SHUFFLED_PROMPT, PROMPTING, HYPERSTEER)
+FINE = tuple(round(0.7 + 0.05 * step, 2) for step in range(17))
 TINYWORLD_CONCEPTS = 200  # of each group, if `concepts` does not say
 # AxBench has gpt-4o-mini write a prompt for each concept, which `prompting` takes from a file of AxBench's; this fixed
 # one is like its simple form, which needs no model.
@@ -73,6 +77,11 @@ def make_cases(config: EvaluateConfig, run: RunConfig) -> Cases:
             "has concepts and instructions of its own)"
         )
     return _tinyworld_cases(config, run)
+
+
+def all_factors(config: EvaluateConfig) -> list[float]:
+    """The factors, ascending."""
+    return sorted({*config.factors, *(FINE if config.fine else ())})
 
 
 def draw(size: int, count: int, seed: int) -> list[int]:

@@ -12,21 +12,17 @@ Every concept meets its instructions at every factor. Beside HyperSteer there ar
 prompting, and two controls at one fixed factor: the steering prompt of another concept, which shows what a vector does
 that knows nothing of the concept, and the concept's own with its words shuffled, which shows what their order is worth.
 A method without factors has the same text in all rows of an instruction. All texts of an instruction share their seed.
-
-Rated is what counts (AxBench): the first half of a concept's instructions at all factors, which chooses the best, and
-the second half at that one and at the fixed one. HyperSteer's other texts have null for ratings.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
 
@@ -38,30 +34,15 @@ from hypersteer_jax.data.splits import HELD_OUT, TRAIN
 from hypersteer_jax.data.tinyworld.judge import mean_nll
 from hypersteer_jax.decoding import Decoding
 from hypersteer_jax.evaluation.cache import Cache
-from hypersteer_jax.evaluation.cases import Case, Cases, make_cases
+from hypersteer_jax.evaluation.cases import HYPERSTEER, METHODS, Case, Cases, all_factors, make_cases
 from hypersteer_jax.evaluation.judge_file import make_judge, with_ratings, write_parquet
-from hypersteer_jax.evaluation.judges import (
-    QUESTIONS,
-    TEXT,
-    Ask,
-    Item,
-    Judge,
-    Judgement,
-    make_plan,
-    read_texts,
-    run_judge,
-)
-from hypersteer_jax.evaluation.scores import choose_factors, choosing
+from hypersteer_jax.evaluation.judges import TEXT, Judge, read_texts
+from hypersteer_jax.evaluation.rating import expected_asks, open_asks, rate
 from hypersteer_jax.generation import Request, Steered, complete
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.launch import load_run_at
 
-HYPERSTEER, PROMPTING, UNSTEERED = "HyperSteer", "PromptSteering", "Unsteered"  # AxBench's names where it has them
-WRONG_PROMPT, SHUFFLED_PROMPT = "WrongPrompt", "ShuffledPrompt"
-METHODS = (UNSTEERED, WRONG_PROMPT, SHUFFLED_PROMPT, PROMPTING, HYPERSTEER)
-FINE = tuple(round(0.7 + 0.05 * step, 2) for step in range(17))
 RECORD, DATA = "evaluation.json", "steering_data.parquet"
-WORD = "word "  # of a text that is not written yet: about a token, and long enough not to promise too little
 
 
 def evaluate(run: Path, config: EvaluateConfig, preview: bool = False, console: Console | None = None) -> Path:
@@ -154,11 +135,6 @@ def check_trained_on(cases: Cases, run: RunConfig, console: Console) -> None:
         if odd:
             of = f"{len(odd)} of {len(concepts)} held-in concepts"
             console.print(f"{of} are not in the run's training data, such as {odd[0]!r}", highlight=False)
-
-
-def all_factors(config: EvaluateConfig) -> list[float]:
-    """The factors, ascending."""
-    return sorted({*config.factors, *(FINE if config.fine else ())})
 
 
 def newest_step(run: Path) -> int:
@@ -271,7 +247,7 @@ def rate_group(
     cache: Cache,
     console: Console,
 ) -> None:
-    """Puts the parts of a group together, and rates what counts: see `choosing_rows` and `scoring_rows`."""
+    """Puts the parts of a group together, and rates them (`rating.py`)."""
     texts, rated = (out / group / folder / DATA for folder in ("inference", "evaluate"))
     write_parquet(pa.concat_tables([pq.read_table(part_path(out, *part)) for part in parts]), texts)
     table, items = read_texts(texts)
@@ -279,59 +255,9 @@ def rate_group(
     def say(line: str) -> None:
         console.print(f"{group}: {line}", highlight=False, soft_wrap=True)
 
-    def rate(rows: Rows) -> None:
-        found = iter(run_judge(judge, pick(items, rows), cache, config.judge.retry_failures, say))
-        for method, places in rows.items():
-            for place in places:
-                judgements[method][place] = next(found)
-
-    judgements = {method: [UNRATED] * len(each) for method, each in items.items()}
-    rate(choosing_rows(items, config))
-    rate(scoring_rows(best_factors(judgements[HYPERSTEER], config), config))
+    judgements = rate(items, judge, cache, config, say)
     rated.parent.mkdir(parents=True, exist_ok=True)
     write_parquet(with_ratings(table, judgements, judge), rated)
-
-
-Rows = dict[str, list[int]]  # of a table as `write_part` makes it, by method
-UNRATED = Judgement(None, None, None)
-
-
-def pick(items: Mapping[str, Sequence[Item]], rows: Rows) -> list[Item]:
-    """Those items, method by method."""
-    return [items[method][place] for method, places in rows.items() for place in places]
-
-
-def choosing_rows(items: Mapping[str, Sequence[Item]], config: EvaluateConfig) -> Rows:
-    """What is rated first: HyperSteer at all factors on the instructions that choose one, and all other methods."""
-    rows = {method: list(range(len(each))) for method, each in items.items()}
-    half = choosing(config.per_concept)
-    return rows | {HYPERSTEER: _places(len(items[HYPERSTEER]), config)[:, :half].ravel().tolist()}
-
-
-def scoring_rows(best: Int[np.ndarray, " C"], config: EvaluateConfig) -> Rows:
-    """What is rated then: HyperSteer on the other instructions, at its best and the fixed factor only (AxBench).
-
-    At AxBench's numbers that is 10 texts of a concept instead of 70.
-
-    Args:
-        best: index of each concept's factor.
-        config: of the evaluation.
-    """
-    factors, half = all_factors(config), choosing(config.per_concept)
-    rows = _places(len(best) * config.per_concept * len(factors), config)[:, half:]
-    fixed = rows[..., factors.index(config.fixed_factor)]
-    return {HYPERSTEER: np.union1d(fixed, rows[np.arange(len(best)), :, best]).tolist()}
-
-
-def best_factors(judgements: Sequence[Judgement], config: EvaluateConfig) -> Int[np.ndarray, " C"]:
-    """Index of each concept's factor, by the ratings of HyperSteer's rows."""
-    score = np.array([judgement.score for judgement in judgements], float)
-    return choose_factors(score[_places(len(score), config)]).factor
-
-
-def _places(count: int, config: EvaluateConfig) -> Int[np.ndarray, "C I F"]:
-    """Row of each concept, instruction and factor, in a table of so many rows."""
-    return np.arange(count).reshape(-1, config.per_concept, len(all_factors(config)))
 
 
 def _outlook(
@@ -349,38 +275,9 @@ def _outlook(
     whole = sum(map(len, cases.values()))
     counts = " and ".join(f"{len(members)} {group}" for group, members in cases.items())
     paths = [path for found in parts if (path := part_path(out, *found[:2])).exists()]
-    asks = _open_asks(judge, paths, cache, config) if paths else []
-    expected = _expected_asks(judge, [case for _, _, part, _ in missing for case in part], config)
+    asks = open_asks([read_texts(path)[1] for path in paths], judge, cache, config) if paths else []
+    expected = expected_asks([case for _, _, part, _ in missing for case in part], judge, config)
     return (
         f"{counts} concepts: {left * each:,} texts to generate, {(whole - left) * each:,} are there\n"
         f"{judge.name}, at most: {judge.preview(asks + expected)}"
     )
-
-
-def _open_asks(judge: Judge, parts: Sequence[Path], cache: Cache, config: EvaluateConfig) -> list[Ask]:
-    """What is still to be asked of parts; while their factors are not chosen, as if the longest texts had won."""
-    found = [read_texts(path)[1] for path in parts]
-    items = {method: [item for each in found for item in each[method]] for method in METHODS}
-    steered, first = items[HYPERSTEER], pick(items, choosing_rows(items, config))
-    plan = make_plan(judge, first, cache, config.judge.retry_failures)
-    if plan.asks:
-        length = np.array([len(item.text) for item in steered])[_places(len(steered), config)]
-        best = np.argmax(length[:, choosing(config.per_concept) :].sum(axis=1), axis=1)
-    else:
-        judged = dict(zip(first, plan.judgements(), strict=True))
-        best = best_factors([judged.get(item, UNRATED) for item in steered], config)
-    rest = make_plan(judge, pick(items, scoring_rows(best, config)), cache, config.judge.retry_failures)
-    return list((plan.asks | rest.asks).values())
-
-
-def _expected_asks(judge: Judge, cases: Sequence[Case], config: EvaluateConfig) -> list[Ask]:
-    """What will be asked of texts that are not written yet, taken to be as long as they may."""
-    text, half = WORD * config.max_new, choosing(config.per_concept)
-    factors, twice = len(all_factors(config)), min(2, len(all_factors(config)))
-    asks: list[Ask] = []
-    for case in cases:
-        for number, instruction in enumerate(case.instructions):
-            item = Item(case.concept, instruction, text)
-            once = [Ask(question, item, judge.prompt(question, item)) for question in QUESTIONS]
-            asks += once * (len(METHODS) - 1 + (factors if number < half else twice))
-    return asks

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hypersteer_jax.config import ConfigError
-from hypersteer_jax.evaluation.evaluate import HYPERSTEER, PROMPTING, UNSTEERED
+from hypersteer_jax.evaluation.cases import HYPERSTEER, PROMPTING, UNSTEERED
 from hypersteer_jax.evaluation.judges import QUESTIONS
 from hypersteer_jax.evaluation.measures import (
     CHOSEN,

@@ -282,7 +282,7 @@ def read_ratings(path: Path) -> dict[Item, Judgement]:
         if missing:
             raise JudgeError(f"{path} lacks the columns {', '.join(missing)}; give the file in the folder evaluate")
         for item, scores in zip(rows, zip(*(table[name].to_pylist() for name in names), strict=True), strict=True):
-            if item not in ratings or None in ratings[item]:  # what was not asked for (`evaluate.py`) is null, too
+            if item not in ratings or None in ratings[item]:  # what was not asked for (`rating.py`) is null, too
                 ratings[item] = Judgement(*(_checked(score) for score in scores))
     return ratings
 

@@ -17,16 +17,8 @@ from jaxtyping import Float, Int
 from hypersteer_jax.config import ConfigError
 from hypersteer_jax.data.concepts import normalised
 from hypersteer_jax.data.splits import HELD_IN, HELD_OUT
-from hypersteer_jax.evaluation.evaluate import (
-    DATA,
-    HYPERSTEER,
-    METHODS,
-    PROMPTING,
-    RECORD,
-    SHUFFLED_PROMPT,
-    UNSTEERED,
-    WRONG_PROMPT,
-)
+from hypersteer_jax.evaluation.cases import HYPERSTEER, METHODS, PROMPTING, SHUFFLED_PROMPT, UNSTEERED, WRONG_PROMPT
+from hypersteer_jax.evaluation.evaluate import DATA, RECORD
 from hypersteer_jax.evaluation.judges import TEXT, Judgement, rating_columns, read_table
 from hypersteer_jax.evaluation.scores import Score, choose_factors, choosing, interval, mean
 
@@ -227,7 +219,7 @@ def compare(one: Evaluation, other: Evaluation, group: str) -> dict[str, Score]:
 
 
 def failures(group: Group, fixed_factor: float) -> dict[str, tuple[int, int]]:
-    """Failed ratings of each method, and how many were asked for (`evaluate.choosing_rows` and `scoring_rows`)."""
+    """Failed ratings of each method, and how many were asked for (`rating.py`)."""
     shape = group.methods[HYPERSTEER].score.shape
     asked = {method: np.arange(shape[2]) == np.zeros(shape) for method in METHODS}  # the one text without factors
     asked[HYPERSTEER] = np.zeros(shape, bool)

@@ -11,7 +11,7 @@ from hypersteer_jax.config import ConfigError, DataConfig, EvaluateConfig, RunCo
 from hypersteer_jax.data.batch import DataError
 from hypersteer_jax.data.splits import HELD_IN, HELD_OUT
 from hypersteer_jax.data.tinyworld.world import Concept, in_corpus, split_of, training_examples
-from hypersteer_jax.evaluation.cases import draw, make_cases, read_instructions, shuffled
+from hypersteer_jax.evaluation.cases import all_factors, draw, make_cases, read_instructions, shuffled
 from hypersteer_jax.evaluation.lm_judges import _names, find_concept
 
 
@@ -33,6 +33,14 @@ def concept_list(path: Path, *names: str, first: int | None = None) -> str:
     rows = [{"concept": name} | ({} if first is None else {"concept_id": first + n}) for n, name in enumerate(names)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def test_a_finer_grid_around_one() -> None:
+    grid = all_factors(EvaluateConfig(fine=True))
+    assert grid == sorted(grid)
+    assert len(grid) == len(set(grid)) == 14 + 17 - 4
+    assert {0.7, 0.95, 1.0, 1.05, 1.5} < set(grid)
+    assert all_factors(EvaluateConfig()) == list(EvaluateConfig().factors)
 
 
 def test_listed_concepts_meet_the_instructions_that_their_numbers_draw(tmp_path: Path) -> None:

@@ -30,17 +30,9 @@ from hypersteer_jax.config import (
 from hypersteer_jax.data.sources import base_shape, load_splits
 from hypersteer_jax.data.splits import HELD_IN, HELD_OUT, TRAIN
 from hypersteer_jax.evaluation import evaluate as module
-from hypersteer_jax.evaluation.cases import Case
-from hypersteer_jax.evaluation.evaluate import (
-    DATA,
-    METHODS,
-    all_factors,
-    check_trained_on,
-    choosing_rows,
-    evaluate,
-    scoring_rows,
-)
-from hypersteer_jax.evaluation.judges import Item, rating_columns, read_texts
+from hypersteer_jax.evaluation.cases import METHODS, Case
+from hypersteer_jax.evaluation.evaluate import DATA, check_trained_on, evaluate
+from hypersteer_jax.evaluation.judges import rating_columns, read_texts
 from hypersteer_jax.evaluation.measures import read_evaluation
 from hypersteer_jax.evaluation.scores import choose_factors
 from hypersteer_jax.training import checkpoint
@@ -113,17 +105,6 @@ def test_rated_is_what_chooses_a_factor_and_what_is_scored_at_it(finished: Path)
                     np.testing.assert_array_equal(np.isnan(rating[:, 1, 1]), best == 0)  # factor 2, where 1 is chosen
                     rating = np.delete(rating.reshape(3, 4), 3, axis=1)
                 assert np.isfinite(rating).all()
-
-
-@pytest.mark.parametrize(("fixed", "expected"), [(1.0, [3, 4, 10, 11]), (2.0, [3, 5, 11])])
-def test_places_of_what_is_scored(fixed: float, expected: list[int]) -> None:
-    """Two concepts of two instructions; 0.5, 1 and 2 are factors 0 to 2; what chooses is at 0-2 and 6-8."""
-    config = dataclasses.replace(CONFIG, factors=(1.0, 2.0, 0.5), fixed_factor=fixed)
-    items = {method: [Item("", "", "")] * 12 for method in METHODS}
-    first = choosing_rows(items, config)
-    assert first.pop("HyperSteer") == [0, 1, 2, 6, 7, 8]
-    assert set(map(tuple, first.values())) == {tuple(range(12))}
-    assert scoring_rows(np.array([0, 2]), config) == {"HyperSteer": expected}
 
 
 def test_methods_get_what_is_theirs(run: Path, monkeypatch, tmp_path: Path) -> None:
@@ -282,14 +263,6 @@ def test_no_checkpoint_no_evaluation(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "config.json", tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint is stored here; train the run first"):
         evaluate(tmp_path, settings(tmp_path))
-
-
-def test_a_finer_grid_around_one() -> None:
-    grid = all_factors(EvaluateConfig(fine=True))
-    assert grid == sorted(grid)
-    assert len(grid) == len(set(grid)) == 14 + 17 - 4
-    assert {0.7, 0.95, 1.0, 1.05, 1.5} < set(grid)
-    assert all_factors(EvaluateConfig()) == list(EvaluateConfig().factors)
 
 
 def test_the_commands(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hypersteer_jax.config import ConfigError, EvaluateConfig, RunConfig
-from hypersteer_jax.evaluation.evaluate import HYPERSTEER, METHODS, PROMPTING, WRONG_PROMPT, make_record
+from hypersteer_jax.evaluation.cases import HYPERSTEER, METHODS, PROMPTING, WRONG_PROMPT
+from hypersteer_jax.evaluation.evaluate import make_record
 from hypersteer_jax.evaluation.evaluate_report import write_report
 from hypersteer_jax.evaluation.judges import rating_columns
 from hypersteer_jax.evaluation.measures import (
