@@ -198,7 +198,8 @@ class EvaluateConfig:
     fixed_factor: float = 1.0  # one of the factors, the same for all concepts; of the controls, too
     max_new: int = 128  # tokens
     temperature: float = 1.0
-    batch: int = 64  # texts generated together
+    batch: int = 64  # texts generated together, on all devices
+    tensor: int = 1  # devices that share the base LM's weights, where one cannot hold them; see `MeshConfig`
     seed: int = 0  # of the texts and of the controls' prompts
     part: int = 4  # concepts whose texts are written together: what a kill loses at most
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
@@ -39,6 +41,7 @@ from hypersteer_jax.evaluation.judge_file import make_judge, with_ratings, write
 from hypersteer_jax.evaluation.judges import TEXT, Judge, read_texts
 from hypersteer_jax.evaluation.rating import expected_asks, open_asks, rate
 from hypersteer_jax.generation import Request, Steered, complete
+from hypersteer_jax.sharding import make_mesh
 from hypersteer_jax.training import checkpoint
 from hypersteer_jax.training.launch import load_run_at
 
@@ -62,6 +65,7 @@ def evaluate(run: Path, config: EvaluateConfig, preview: bool = False, console: 
     """
     console = console or Console()
     check(config)
+    mesh = devices(config)
     trained = checkpoint.read_config(run)
     step = newest_step(run)
     cases = make_cases(config, trained)
@@ -81,14 +85,16 @@ def evaluate(run: Path, config: EvaluateConfig, preview: bool = False, console: 
         if preview:
             return out
         if missing:
-            model, loaded = load_run_at(run)
+            model, loaded = load_run_at(run, mesh)
             if loaded != step:
                 raise ConfigError(f"{run}: the checkpoint of step {step} is damaged; move it away to evaluate {loaded}")
             out.mkdir(parents=True, exist_ok=True)
             write_record(out, record)
             for group, number, part, path in track(missing, "generating", console=console):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_parquet(write_part(model, group, number, part, config), path)
+                with jax.set_mesh(mesh):
+                    table = write_part(model, group, number, part, config)
+                write_parquet(table, path)
         for group in cases:
             rate_group(out, group, [found[:2] for found in parts if found[0] == group], config, judge, cache, console)
     return out
@@ -110,6 +116,20 @@ def check(config: EvaluateConfig) -> None:
         raise ConfigError(f"factors are {config.factors}; give one or more, each once")
     if config.fixed_factor not in all_factors(config):
         raise ConfigError(f"fixed_factor is {config.fixed_factor:g}; give one of the factors, or add it to them")
+
+
+def devices(config: EvaluateConfig) -> Mesh:
+    """All devices: `tensor` of them share a copy of the weights, and the copies share the texts.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    copies, rest = divmod(jax.device_count(), config.tensor)
+    if config.tensor < 1 or rest:
+        raise ConfigError(f"tensor is {config.tensor}; give a divisor of the number of devices, {jax.device_count()}")
+    if config.batch % copies:
+        raise ConfigError(f"batch is {config.batch}; give a multiple of {copies}, for as many copies of the base LM")
+    return make_mesh(data=copies, tensor=config.tensor)
 
 
 def check_trained_on(cases: Cases, run: RunConfig, console: Console) -> None:
@@ -153,7 +173,7 @@ def newest_step(run: Path) -> int:
 def make_record(config: EvaluateConfig, run: RunConfig, step: int, cases: Cases) -> dict[str, Any]:
     """All that the texts depend on, and what a report says of the run."""
     settings, trained = to_dict(config), to_dict(run)
-    for name in ("out", "judge", "batch"):  # a text does not depend on its batch
+    for name in ("out", "judge", "batch", "tensor"):  # a text depends on neither
         del settings[name]
     del trained["out"]
     digest = hashlib.sha256(json.dumps(cases).encode()).hexdigest()

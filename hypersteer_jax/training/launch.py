@@ -1,5 +1,6 @@
 """What stands around a training run and its use at a terminal: loading, progress, messages."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -110,7 +111,7 @@ def _devices(mesh: Mesh) -> str:
 
 
 def off_mesh(hypernet: Hypernet) -> Hypernet:
-    """The same weights without a mesh in their type: generation runs on one device and sets none."""
+    """The same weights without a mesh in their type, for generation on one device."""
     return jax.device_put(jax.device_get(hypernet))
 
 
@@ -190,15 +191,16 @@ def load_run(run: Path) -> Steered:
     return load_run_at(run)[0]
 
 
-def load_run_at(run: Path) -> tuple[Steered, int]:
-    """The steered model of a run, and after how many steps."""
+def load_run_at(run: Path, mesh: Mesh | None = None) -> tuple[Steered, int]:
+    """The steered model of a run, on a mesh if one is given, and after how many steps."""
     config = checkpoint.read_config(run)
-    lm, prompter = load_base(config.lm, config.train.compute_dtype)
-    mesh = make_mesh()
-    abstract = jax.eval_shape(lambda: init_state(config, lm))
+    lm, prompter = load_base(config.lm, config.train.compute_dtype, mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        abstract = jax.eval_shape(lambda: init_state(config, lm))
     with checkpoint.open_checkpoints(run) as checkpoints:
-        state = checkpoint.restore(checkpoints, abstract, mesh).state
-    return Steered(lm, prompter, off_mesh(state.hypernet), dataclasses.replace(config, out=run)), int(state.step)
+        state = checkpoint.restore(checkpoints, abstract, mesh or make_mesh()).state
+    hypernet = off_mesh(state.hypernet) if mesh is None else state.hypernet
+    return Steered(lm, prompter, hypernet, dataclasses.replace(config, out=run)), int(state.step)
 
 
 def convert(source: Path, target: Path, lm: str | None, layer: int, console: Console | None = None) -> None:

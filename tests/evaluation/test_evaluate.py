@@ -30,12 +30,13 @@ from hypersteer_jax.config import (
 from hypersteer_jax.data.sources import base_shape, load_splits
 from hypersteer_jax.data.splits import HELD_IN, HELD_OUT, TRAIN
 from hypersteer_jax.evaluation import evaluate as module
-from hypersteer_jax.evaluation.cases import METHODS, Case
-from hypersteer_jax.evaluation.evaluate import DATA, check_trained_on, evaluate
+from hypersteer_jax.evaluation.cases import METHODS, Case, make_cases
+from hypersteer_jax.evaluation.evaluate import DATA, check_trained_on, evaluate, write_part
 from hypersteer_jax.evaluation.judges import rating_columns, read_texts
 from hypersteer_jax.evaluation.measures import read_evaluation
 from hypersteer_jax.evaluation.scores import choose_factors
 from hypersteer_jax.training import checkpoint
+from hypersteer_jax.training.launch import load_run_at
 from hypersteer_jax.training.train import new_state
 from tests.conftest import random_hypernet
 from tests.evaluation.server import said, serving
@@ -91,6 +92,20 @@ def test_texts_and_ratings_are_in_axbench_s_files(finished: Path) -> None:
         assert table["HyperSteer_strength"] == table["factor"]
         strengths = [set(table[f"{method}_strength"].to_pylist()) for method in METHODS]
         assert strengths == [{0.0}, {1.0}, {1.0}, {0.0}, {1.0, 2.0}]
+
+
+def test_eight_devices_write_what_one_does(run: Path, finished: Path) -> None:
+    model, step = load_run_at(run)
+    assert step == 5
+    cases = make_cases(CONFIG, model.config)[HELD_IN]
+    one = write_part(model, HELD_IN, 0, cases, CONFIG)
+    eight = pq.read_table(finished / HELD_IN / "inference" / DATA)
+    assert one.column_names == eight.column_names
+    for name in one.column_names:
+        if name.endswith("_perplexity"):
+            np.testing.assert_allclose(*(np.array(table[name].to_pylist(), float) for table in (one, eight)), rtol=1e-5)
+        else:
+            assert one[name].to_pylist() == eight[name].to_pylist()
 
 
 def test_rated_is_what_chooses_a_factor_and_what_is_scored_at_it(finished: Path) -> None:
@@ -183,7 +198,7 @@ def test_an_endpoint_is_paid_once_and_previewed_before_any_text(run: Path, tmp_p
         assert f"{2 * TEXTS * 3} calls" in shown
         assert "1.11 dollars at most" in shown
         with monkeypatch.context() as patch:
-            patch.setattr(module, "load_run_at", lambda _: pytest.fail("generated before it was refused"))
+            patch.setattr(module, "load_run_at", lambda *_: pytest.fail("generated before it was refused"))
             with pytest.raises(ConfigError, match="max_cost is 1 dollars"):
                 evaluate(run, judged(server.url, max_cost=1.0))
             with pytest.raises(ConfigError, match="NO_SUCH_KEY is not set"):
@@ -205,6 +220,8 @@ def test_an_endpoint_is_paid_once_and_previewed_before_any_text(run: Path, tmp_p
         ({"max_new": 0}, "max_new is 0"),
         ({"concepts": 0}, "concepts is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"batch": 12}, "batch is 12; give a multiple of 8"),
+        ({"tensor": 3}, "tensor is 3; give a divisor of the number of devices, 8"),
         ({"factors": (1.0, 1.0)}, "each once"),
         ({"factors": ()}, "give one or more"),
         ({"fixed_factor": 1.5}, "fixed_factor is 1.5; give one of the factors"),

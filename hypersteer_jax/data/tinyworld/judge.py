@@ -33,6 +33,7 @@ from jax import Array
 from hypersteer_jax.data.prompts import Prompter
 from hypersteer_jax.data.tinyworld.world import Concept, Subject, instruction
 from hypersteer_jax.models.lm import LM, ranks
+from hypersteer_jax.sharding import batch_ways, split
 from hypersteer_jax.training.loss import token_nll
 
 REPEATED, STUCK = 0.15, 0.40  # shares of word pairs seen before; unsteered text stays below the first
@@ -123,21 +124,23 @@ def mean_nll(lm: LM, prompter: Prompter, prompts: Sequence[str], texts: Sequence
     whole = prompter.tokenize([prompter.render(p) + t for p, t in zip(prompts, texts, strict=True)])
     length = -(-max(map(len, whole)) // MULTIPLE) * MULTIPLE
     means: list[float] = []
-    for start in range(0, len(whole), BATCH):
-        rows = np.resize(np.arange(start, min(start + BATCH, len(whole))), BATCH)
-        tokens = np.zeros((BATCH, length), np.int32)
-        mask, scored = np.zeros((2, BATCH, length), bool)
+    batch = -(-BATCH // batch_ways()) * batch_ways()
+    for start in range(0, len(whole), batch):
+        rows = np.resize(np.arange(start, min(start + batch, len(whole))), batch)
+        tokens = np.zeros((batch, length), np.int32)
+        mask, scored = np.zeros((2, batch, length), bool)
         for row, index in enumerate(rows):
             count, first = len(whole[index]), len(before[index])
             tokens[row, :count], mask[row, :count], scored[row, first:count] = whole[index], True, True
         totals = np.asarray(_total_nll(lm, tokens, mask, scored)) / np.maximum(scored.sum(1), 1)
-        means.extend(totals[: min(BATCH, len(whole) - start)].tolist())
+        means.extend(totals[: min(batch, len(whole) - start)].tolist())
     return means
 
 
 @partial(jax.jit)
 def _total_nll(lm: LM, tokens: Array, mask: Array, scored: Array) -> Array:
     """Negative log-likelihood `[B]` summed over the scored tokens `[B, T]`."""
+    tokens, mask, scored = split((tokens, mask, scored))
     residual = lm.run(lm.embed(tokens), ranks(mask), mask, 0, lm.config.layers)
     target, weight = (jnp.roll(x, -1, axis=1) for x in (tokens, scored.astype(jnp.float32).at[:, 0].set(0.0)))
     return jnp.sum(token_nll(lm, residual, target, weight), axis=1)
