@@ -5,7 +5,7 @@
 Trains each variant, evaluates it as AxBench does (10 instructions a concept, 14 factors, half of the instructions
 choose and half score, prompting and controls beside), and reports. Killed at any point, the same command goes on:
 training from its newest checkpoint, generation from its last part, judging from the cache of judgements. 216,000 texts:
-about 70 minutes on 2 idle cores (estimated: 60 to 70 texts a second, measured with 6 concepts a group).
+about an hour on 2 cores (one variant on idle ones: 14 minutes for 72,000 texts, 2 for their ratings, 3 for training).
 Expected (arXiv 2506.03292, Table 1, Gemma-2-2B): cross-attention above in-context above no-context.
 What came out: experiments/results/tinyworld_evaluation/report.md, which this script writes.
 """

@@ -1,6 +1,9 @@
 """What every test stands on: eight CPU devices, few threads, and data that may or may not be there."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -8,16 +11,25 @@ import pytest
 
 # Before jax is imported: it reads both once. Meshes of up to eight devices are tested without an accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little, so the compiler's last stage works without optimisations: half the time. AVX is
-# the last instruction set that rounds a product before it is added to something: with a later one, bits depend on which
-# products and sums the compiler happens to put together (tests/oracle.py).
+# Tests compile much and compute little, so the compiler's last stage works without optimisations, half the time, and
+# in one thread, for two tests have the two cores already. AVX is the last instruction set that rounds a product before
+# it is added to something: with a later one, bits depend on which products and sums the compiler happens to put together
+# (tests/oracle.py).
 for flag in (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_max_isa=AVX",
 ):
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+# What two tests, or two processes of one, both compile is compiled once. pytest's own process makes the folder, before
+# those that run the tests.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch of the parity tests: on tiny models more threads only wait
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository, not part of it

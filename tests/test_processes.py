@@ -15,7 +15,7 @@ import pytest
 from hypersteer_jax.training.train import TrainState
 from tests.processes import rows_of, run
 
-MESHES = [{"fsdp": 2}, {"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [{"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 r"""Tokens per second of steered generation, ours against `transformers` with a forward hook, on a CPU or on one GPU.
 
     OMP_NUM_THREADS=1 taskset -c 0 python experiments/benchmarks/generation.py --clock cpu  # small Gemma-2, float32
+    OMP_NUM_THREADS=1 taskset -c 0 python experiments/benchmarks/generation.py --clock cpu --preset tinyworld
     python experiments/benchmarks/generation.py --preset gemma-2-2b --dtype bfloat16 --batch 256  # an 80 GB GPU
 
 Both sides have the same random weights (through `save_lm`) and continue the same random prompts, all of one length, to
@@ -31,11 +32,12 @@ import jax
 import numpy as np
 import torch
 from jaxtyping import Int
-from train_step import CLOCKS, SHAPES
+from train_step import CLOCKS, SHAPES, Shape
 from transformers import Gemma2ForCausalLM, GenerationConfig
 
-from hypersteer_jax.config import LMConfig, RunConfig, SteeringConfig, TrainConfig
+from hypersteer_jax.config import RECIPES, LMConfig, RunConfig, SteeringConfig, TrainConfig
 from hypersteer_jax.data.pipeline import Bucket
+from hypersteer_jax.data.sources import base_shape
 from hypersteer_jax.decoding import Concepts, Decoding, GenerationBatch, Vectors, generate
 from hypersteer_jax.evaluation.speed import alone, machine, random_lm
 from hypersteer_jax.models.weights import save_lm
@@ -62,6 +64,14 @@ class Timed(NamedTuple):
 
     seconds: list[float]
     tokens: Int[np.ndarray, "B N"]
+
+
+def shapes() -> dict[str, Shape]:
+    """Those of the training benchmark, and the tiny world's, with which its evaluation runs."""
+    recipe = RECIPES["tinyworld"][1]
+    return SHAPES | {
+        "tinyworld": Shape(base_shape("tinyworld"), recipe.steering.layers[0], {"release": recipe.hypernet})
+    }
 
 
 def make_work(lm: LMConfig, batch: int, prompt: int, new: int) -> Work:
@@ -159,7 +169,7 @@ def flops(config: RunConfig, lm: LMConfig, work: Work, shared: int | None) -> in
 
 def report(args: argparse.Namespace, chip: bool) -> str:
     """The table, in Markdown."""
-    shape = SHAPES[args.preset]
+    shape = shapes()[args.preset]
     config = RunConfig(
         hypernet=shape.hypernets["release"],
         steering=SteeringConfig(layers=(shape.layer,)),
@@ -206,7 +216,7 @@ def report(args: argparse.Namespace, chip: bool) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=SHAPES, default="small")
+    parser.add_argument("--preset", choices=shapes(), default="small")
     parser.add_argument("--batch", type=int, default=28, help="rows")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens generated for each row")

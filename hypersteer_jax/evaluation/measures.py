@@ -202,7 +202,8 @@ def scores_by_concept(group: Group, fixed_factor: float) -> dict[str, Float[np.n
 def compare(one: Evaluation, other: Evaluation, group: str) -> dict[str, Score]:
     """By how much the second evaluation is ahead, concept by concept, over those that both asked the same of.
 
-    A concept is the same if steering prompt and instructions are; what is fixed at different factors is not compared.
+    A concept is the same if steering prompt and instructions are; what is fixed at different factors is not compared,
+    nor is prompting, which no run changes.
     """
     sides = []
     for evaluation in (one, other):
@@ -212,7 +213,7 @@ def compare(one: Evaluation, other: Evaluation, group: str) -> dict[str, Score]:
         sides.append({name: dict(zip(keys, values, strict=True)) for name, values in scores.items()})
     first, second = sides
     differences = {}
-    for name in [name for name in first if name in second]:
+    for name in [name for name in first if name in second and name != "prompting"]:
         shared = [key for key in first[name] if key in second[name]]
         differences[name] = interval(np.array([second[name][key] - first[name][key] for key in shared]))
     return differences

@@ -46,7 +46,7 @@ CONFIG = EvaluateConfig(
     per_concept=2,
     factors=(2.0, 1.0),
     max_new=3,
-    batch=16,
+    batch=40,
     part=3,
     judge=JudgeConfig(kind="rules"),
 )

@@ -263,11 +263,13 @@ def training_examples(
     """
     world, rng = load_world(), random.Random(seed)
     pools = steering_concepts(seed, max_concepts, held_out)
-    examples = []
+    examples, met = [], {}
     for kind in rng.choices(list(pools), (4, 4) if held_out else (4, 1, 3), k=count):
         concept = rng.choice(pools[kind])
-        scoring = set(scoring_subjects(world, concept))
-        subject = rng.choice([s for s in steering_subjects(world, concept) if held_out or s not in scoring])
+        if concept.key not in met:
+            scoring = () if held_out else scoring_subjects(world, concept)
+            met[concept.key] = [subject for subject in steering_subjects(world, concept) if subject not in scoring]
+        subject = rng.choice(met[concept.key])
         examples.append(
             SteeringExample(
                 steering_prompt=steering_prompt(concept, rng, "known"),
