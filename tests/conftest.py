@@ -13,8 +13,8 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little, so the compiler's last stage works without optimisations, half the time, and
 # in one thread, for two tests have the two cores already. AVX is the last instruction set that rounds a product before
-# it is added to something: with a later one, bits depend on which products and sums the compiler happens to put together
-# (tests/oracle.py).
+# it is added to something: with a later one, bits depend on which products and sums the compiler happens to put
+# together (tests/oracle.py).
 for flag in (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
