@@ -36,7 +36,7 @@ from hypersteer_jax.training.train import init_state
 CLONE = Path(__file__).resolve().parents[1]
 SCRIPTS, STUBS = CLONE / "tpu_scripts", CLONE / "tests/tpu_scripts/stubs"
 sys.path.insert(0, str(STUBS))
-import cloud  # noqa: E402  # the stub gcloud's
+import cloud  # noqa: E402  # of the stub gcloud, which is no package: only now is it on the path
 
 ACCELERATOR, WORKERS = "v5p-16", 2
 PREEMPTIONS = ((15, 20.0), (34, 0.0))  # after a step; seconds of grace: a spot VM has up to 30, a pod on GKE 15

@@ -158,7 +158,7 @@ ENTRY %main (x: bf16[1024,128], s: bf16[20,64,64]) -> bf16[128,128] {
   %there = bf16[1024,128]{1,0:T(8,128)(2,1)} collective-permute-done(%moved)
   ROOT %fusion = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} fusion(%there), kind=kCustom, calls=%all-reduce-scatter.1
 }
-"""  # noqa: E501
+"""  # noqa: E501  # lines as the compiler prints them
 
 
 def test_forms_that_only_the_tpu_compiler_prints() -> None:
@@ -218,7 +218,7 @@ ENTRY %main (w: bf16[64,128], x: bf16[16,128]) -> bf16[512,128] {
   %s.2 = u32[]{:S(2)} get-tuple-element(%fusion), index=4
   ROOT %done = bf16[512,128]{1,0} fusion(%w.2, %y.2, %s.2), kind=kCustom, calls=%end
 }
-"""  # noqa: E501
+"""  # noqa: E501  # lines as the compiler prints them
 
 
 def test_a_collective_spread_over_fusions_is_one() -> None:

@@ -352,9 +352,8 @@ def test_exit_code_and_json_of_the_command(
     assert ("does not fit" in out) is (code == 1)
 
 
-@pytest.mark.skipif(
-    find_spec("libtpu") is None, reason='libtpu is not installed (".[plan]"); the compiler is not asked'
-)
+# libtpu is the TPU's compiler; the extra [test] leaves it out, for it comes for Linux on x86 only.
+@pytest.mark.skipif(find_spec("libtpu") is None, reason='libtpu is not installed (".[plan]"); not run: the compiler')
 def test_the_compiler_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd) -> None:
     file = tmp_path / "plan.json"
     words = ("--topology", "v5e-4", "--shape", "24", "8", "16", "8", "--train.batch", "16", "--json", str(file))

@@ -67,6 +67,7 @@ def test_devices_of_one_chip_share_its_links_and_its_host() -> None:
     assert topology.network == 25e9 / 8
 
 
+# As in test_planner: the extra [test] leaves libtpu out.
 @pytest.mark.skipif(find_spec("libtpu") is None, reason='libtpu is not installed (".[plan]"); names not tried on it')
 def test_libtpu_knows_every_slice() -> None:
     # In a process of its own: the environment has to be there before jax is.

@@ -106,7 +106,7 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         ConfigError: naming the setting, its value and the fix.
     """
-    for name, least in {"per_concept": 2, "max_new": 1, "batch": 1, "part": 1, "concepts": 1}.items():
+    for name, least in {"per_concept": 2, "max_new": 1, "batch": 1, "part": 1, "concepts": 1, "tensor": 1}.items():
         value = getattr(config, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; give at least {least}")
@@ -125,7 +125,7 @@ def devices(config: EvaluateConfig) -> Mesh:
         ConfigError: they cannot.
     """
     copies, rest = divmod(jax.device_count(), config.tensor)
-    if config.tensor < 1 or rest:
+    if rest:
         raise ConfigError(f"tensor is {config.tensor}; give a divisor of the number of devices, {jax.device_count()}")
     if config.batch % copies:
         raise ConfigError(f"batch is {config.batch}; give a multiple of {copies}, for as many copies of the base LM")

@@ -94,10 +94,7 @@ def _markdown(evaluations: Sequence[Evaluation], prompting: Path | None) -> str:
         "",
     ]
     if prompting is not None:
-        lines[-1:] = [
-            f"They are against the ratings of prompting in {prompting.name}, where it has the same text's.",
-            "",
-        ]
+        lines[-1:] = [f"They are against stored ratings of prompting, where {prompting.name} has them.", ""]
     for evaluation in evaluations:
         lines += _about(evaluation)
         for name, group in evaluation.groups.items():

@@ -16,6 +16,7 @@ from tests.test_cli import run
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="needs [axbench]; not run: building and reading prepared data")
 
+# Only now, for without [axbench] it cannot be imported, and the line above has skipped this file.
 from hypersteer_jax.data.axbench.builder import Axbench, Recipe, prepare, read_prepared  # noqa: E402
 
 SAE = "gemma-2-2b/20-gemmascope-res-16k"

@@ -78,8 +78,7 @@ def test_what_may_pass_is_tried_again(bad: Answer) -> None:
 
 
 def test_a_call_without_an_answer_is_tried_again() -> None:
-    behave: Behaviour = lambda _, before: HANG if before == 0 else GOOD  # noqa: E731
-    assert ask(behave, ["a"], timeout=0.2) == ([REPLY], {"a": 2})
+    assert ask(lambda _, before: HANG if before == 0 else GOOD, ["a"], timeout=0.2) == ([REPLY], {"a": 2})
     [reply], calls = ask(lambda *_: HANG, ["a"], timeout=0.1)
     assert reply.failed
     assert "timed out" in reply.text

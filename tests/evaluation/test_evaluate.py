@@ -221,6 +221,7 @@ def test_an_endpoint_is_paid_once_and_previewed_before_any_text(run: Path, tmp_p
         ({"concepts": 0}, "concepts is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"batch": 12}, "batch is 12; give a multiple of 8"),
+        ({"tensor": 0}, "tensor is 0; give at least 1"),
         ({"tensor": 3}, "tensor is 3; give a divisor of the number of devices, 8"),
         ({"factors": (1.0, 1.0)}, "each once"),
         ({"factors": ()}, "give one or more"),

@@ -11,6 +11,7 @@ import pytest
 
 from tests.tpu_scripts.test_scripts import CLONE, STUBS, load
 
+# Of Linux only; everything else about the scripts is tested in test_scripts.
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/environ").exists(),
     reason="the stubs find a worker's processes in /proc; not run: whole runs of the scripts",
